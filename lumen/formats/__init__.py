@@ -1,0 +1,1 @@
+"""Bytes on disk. A module here knows one file format, and no model."""
