@@ -1,0 +1,1 @@
+"""Whole models: the decoder, whose twelve switches are the families."""

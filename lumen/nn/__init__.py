@@ -1,0 +1,1 @@
+"""Modules: parameters around the operations of `lumen.ops`. They know a `ModelSpec`, but no text, data or run."""
