@@ -1,0 +1,1 @@
+"""Text: between characters and token ids, between conversations and the ids that are learned."""
