@@ -1,0 +1,1 @@
+"""Training data: records read from files, packed into rows, made into batches."""

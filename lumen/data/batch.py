@@ -1,0 +1,114 @@
+"""Rows of encoded examples become tensors, and a data set becomes a stream of rows that can be taken up anywhere.
+
+A row holds documents one after another. Its four tensors, for two documents `a b c` and `d e` in a row of six:
+
+    tokens      a  b  c  d  e  0
+    target      b  c  ·  e  ·  ·        · = -100: a document's last token has nothing to predict
+    position    0  1  2  0  1  0        starts again with every document
+    document    0  0  0  1  1 -1        -1 = padding
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lumen.errors import DataError
+from lumen.ops.linear_loss import UNCOUNTED
+from lumen.text.conversation import Encoded
+
+Row = Sequence[Encoded]  # the documents of a row, in order
+
+PADDING = -1  # document of a position that belongs to none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one forward pass and its loss need: four int64 tensors (B, T); and where it all was read, for messages."""
+
+    tokens: Tensor
+    target: Tensor  # the id to predict after this token; -100 does not count
+    position: Tensor  # from 0 within each document
+    document: Tensor  # from 0 within each row; -1 is padding
+    sources: tuple[str, ...] = ()  # of its documents, as 'train.jsonl:12'
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+    @property
+    def counted(self) -> Tensor:
+        """How many targets count, an int64 scalar on the batch's device."""
+        return (self.target != UNCOUNTED).sum()
+
+    @property
+    def filled(self) -> Tensor:
+        """How many tokens are not padding, an int64 scalar on the batch's device."""
+        return (self.document != PADDING).sum()
+
+
+def stack(rows: Sequence[Row]) -> Batch:
+    """A batch of `rows`, padded on the right to the longest of them with token 0, which no document sees."""
+    width = max(sum(len(example.ids) for example in row) for row in rows)
+    empty = {"tokens": 0, "target": UNCOUNTED, "position": 0, "document": PADDING}
+    columns = {name: torch.full((len(rows), width), fill) for name, fill in empty.items()}
+    for index, row in enumerate(rows):
+        start = 0
+        for number, example in enumerate(row):
+            where = index, slice(start, start + len(example.ids))
+            columns["tokens"][where] = torch.tensor(example.ids)
+            columns["target"][where] = torch.tensor(_targets(example))
+            columns["position"][where] = torch.arange(len(example.ids))
+            columns["document"][where] = number
+            start += len(example.ids)
+    return Batch(**columns, sources=tuple(example.source for row in rows for example in row))
+
+
+def _targets(example: Encoded) -> list[int]:
+    """What follows each token, where that is learned."""
+    following = zip(example.ids[1:], example.learn[1:], strict=True)
+    return [token if learned else UNCOUNTED for token, learned in following] + [UNCOUNTED]
+
+
+def batches(rows: Sequence[Row], batch_size: int) -> Iterator[Batch]:
+    """All `rows` in their order, `batch_size` to a batch; the last may be smaller."""
+    for start in range(0, len(rows), batch_size):
+        yield stack(rows[start : start + batch_size])
+
+
+class RowStream:
+    """The rows of a data set, epoch after epoch, each epoch in another order.
+
+    The order follows from the seed and the number of the epoch alone. So `epoch` and `position`, the rows of this epoch
+    that were taken, are all that a checkpoint must hold: a stream that starts there gives what this one would have.
+    """
+
+    def __init__(self, rows: Sequence[Row], *, seed: int, epoch: int = 0, position: int = 0):
+        """DataError if there is no row, or if `position` lies behind the last one: the data has changed."""
+        if not rows:
+            raise DataError("There are no rows to train on.")
+        if not 0 <= position < len(rows):
+            raise DataError(
+                f"The run stands at row {position} of epoch {epoch}, but the data has {len(rows)} rows. "
+                "Were the data files, data.max_length or data.packing changed since it was saved?"
+            )
+        self.rows, self.seed = rows, seed
+        self.epoch, self.position = epoch, position
+        self._order = self._shuffled()
+
+    def take(self, count: int) -> list[Row]:
+        """The next `count` rows, or fewer at the end of an epoch: none is left out, none of the next one joins them."""
+        taken = self._order[self.position : self.position + count]
+        self.position += len(taken)
+        if self.position == len(self.rows):
+            self.epoch, self.position = self.epoch + 1, 0
+            self._order = self._shuffled()
+        return [self.rows[index] for index in taken]
+
+    def _shuffled(self) -> list[int]:
+        order = list(range(len(self.rows)))
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)  # a text, so that no two (seed, epoch) share an order
+        return order
