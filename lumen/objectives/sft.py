@@ -1,0 +1,127 @@
+"""Supervised fine-tuning: the cross-entropy of the learned tokens.
+
+    loss = − Σ log p(target | what came before in its document)  /  number of learned tokens
+
+summed here, divided by the loop over all micro-batches of a step, so that a token weighs the same however the step is
+split.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from lumen.config import Data
+from lumen.data.batch import Batch, RowStream, batches
+from lumen.data.packing import Packed, pack
+from lumen.data.records import read_records
+from lumen.demo import DATA, demo_data
+from lumen.errors import DataError
+from lumen.models.decoder import Decoder
+from lumen.objectives.base import Loss
+from lumen.ops.linear_loss import linear_cross_entropy
+from lumen.text.conversation import Conversation, PromptCompletion, Record
+from lumen.text.template import ChatTemplate
+from lumen.text.tokenizer import Tokenizer
+from lumen.text.turns import encode_conversation, encode_prompt_completion, encode_text
+
+
+class SFT:
+    """Rows of encoded examples, in an order that depends on the seed and the epoch alone.
+
+    A step takes `batch_size * accumulate` rows, or what is left of the epoch, however they are split into
+    micro-batches.
+    """
+
+    def __init__(
+        self, packed: Packed, *, batch_size: int, accumulate: int, seed: int, position: dict[str, int] | None = None
+    ):
+        """position  where an earlier run stood, as `position()` said; None begins the first epoch"""
+        self.packed = packed
+        self.batch_size, self.accumulate = batch_size, accumulate
+        self._stream = RowStream(packed.rows, seed=seed, **(position or {}))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.packed.rows) / (self.batch_size * self.accumulate))
+
+    def batches(self, model: Decoder) -> Iterator[list[Batch]]:
+        while True:
+            yield list(batches(self._stream.take(self.batch_size * self.accumulate), self.batch_size))
+
+    def loss(self, model: Decoder, batch: Batch) -> Loss:
+        return sft_loss(model, batch)
+
+    def position(self) -> dict[str, int]:
+        return {"epoch": self._stream.epoch, "position": self._stream.position}
+
+    def epochs_done(self) -> float:
+        return self._stream.epoch + self._stream.position / len(self.packed.rows)
+
+
+def sft_loss(model: Decoder, batch: Batch) -> Loss:
+    """Summed cross-entropy of `batch`; logits exist for one chunk of learned positions at a time."""
+    hidden = model(batch.tokens, batch.position, batch.document)  # (B, T, D)
+    total, count = linear_cross_entropy(
+        hidden.flatten(0, 1), model.head_weight, batch.target.flatten(), model.spec.logits_softcap
+    )
+    return Loss(total=total, count=count)
+
+
+@torch.no_grad()
+def mean_loss(model: Decoder, packed: Packed, batch_size: int) -> float:
+    """Mean cross-entropy per learned token over all of `packed`, with dropout off. The model's mode is put back."""
+    training = model.training
+    model.eval()
+    total = count = 0.0
+    for batch in batches(packed.rows, batch_size):
+        loss = sft_loss(model, batch.to(model.device))
+        total, count = total + loss.total.item(), count + loss.count.item()
+    model.train(training)
+    return total / count
+
+
+def encode_records(
+    records: Sequence[Record], data: Data, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> Packed:
+    """Records become rows as `data` says.
+
+    DataError for a conversation without a chat template, for an example that is too long, and when nothing is learned.
+    """
+    encoded = []
+    for record in records:
+        if isinstance(record, Conversation):
+            if template is None:
+                raise DataError(
+                    f"{record.source}: a conversation wants a chat template, and this model brings none. "
+                    "Name a Jinja file as data.chat_template."
+                )
+            encoded.append(encode_conversation(record, tokenizer, template, train_on=data.train_on))
+        elif isinstance(record, PromptCompletion):
+            encoded.append(encode_prompt_completion(record, tokenizer))
+        else:
+            encoded.append(encode_text(record, tokenizer))
+    return pack(encoded, data.max_length, packing=data.packing, too_long=data.too_long)
+
+
+def read_splits(data: Data, seed: int) -> tuple[list[Record], list[Record]]:
+    """The records to train on and those to evaluate on: two sets of files, or one with a share held out."""
+    train = [record for path in data.train for record in read_records(_locate(path), data.format)]
+    if data.eval:
+        return train, read_records(_locate(data.eval), data.format)
+    held_out = round(len(train) * data.eval_fraction)
+    if data.eval_fraction and not 0 < held_out < len(train):
+        raise DataError(
+            f"data.eval_fraction={data.eval_fraction} of {len(train)} records holds out {held_out}. Both parts want "
+            "at least one."
+        )
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = set(order[:held_out])
+    kept = [record for index, record in enumerate(train) if index not in chosen]
+    return kept, [train[index] for index in sorted(chosen)]
+
+
+def _locate(path: str) -> Path:
+    """A packaged data set by its name, else the file that `path` names."""
+    return demo_data(path) if path in DATA else Path(path)

@@ -1,0 +1,360 @@
+"""python -m lumen.train: fine-tune a model as a run file says, and leave a folder that repeats, continues and explains
+itself.
+
+`prepare` makes the parts, `Trainer.train` is the loop, `finetune` puts the two together for a program.
+"""
+
+import argparse
+import json
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.nn import Parameter
+
+from lumen.adapter import attach_lora, save_adapter
+from lumen.checkpoint import load_model, save_model
+from lumen.config import RunConfig, list_recipes, load_config, read_recipe, schema_json
+from lumen.data.packing import Packed
+from lumen.errors import CheckpointError, ConfigError, LumenError
+from lumen.models.decoder import Decoder
+from lumen.objectives.base import Objective
+from lumen.objectives.sft import SFT, encode_records, mean_loss, read_splits
+from lumen.optim import AdamW, clip_gradients, learning_rate
+from lumen.report import Progress, write_loss_plot, write_report
+from lumen.run import Checkpoint, Run, StopSignal, random_state, restore_random_state
+from lumen.sampling import generate
+from lumen.source import locate
+from lumen.text.tokenizer import Tokenizer, load_tokenizer
+from lumen.text.turns import chat_template, question_ids
+
+
+@dataclass
+class Trainer:
+    """One run in the making: its parts, and where it stands. `train` takes it to its end."""
+
+    run: Run
+    model: Decoder
+    tokenizer: Tokenizer
+    objective: Objective
+    optimizer: AdamW
+    evaluation: Packed | None
+    steps: int
+    step: int = 0  # finished updates
+    tokens: int = 0  # that went through the model
+    began_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def config(self) -> RunConfig:
+        return self.run.config
+
+    def train(self, stop: StopSignal, progress: Progress) -> None:
+        """Steps until the last, or until a signal asks to stop; the model and the run's folder change as it goes."""
+        config, objective, model = self.config.train, self.objective, self.model
+        schedule = {name: getattr(config, name) for name in ("lr", "schedule", "warmup_steps", "warmup_fraction")}
+        batches = objective.batches(model)
+        if self.step == 0:
+            self.evaluate(progress)
+            self.sample(progress)
+        while self.step < self.steps and not stop.requested:
+            began_s = time.monotonic()
+            micro = [batch.to(model.device) for batch in next(batches)]
+            count = sum(batch.counted for batch in micro).clamp(min=1)
+            total = torch.zeros((), device=model.device)
+            for batch in micro:
+                loss = objective.loss(model, batch)
+                (loss.total / count).backward()
+                total += loss.total.detach()
+            norm = clip_gradients(self.optimizer.parameters.values(), config.clip)
+            self._refuse_divergence(total / count, norm, [source for batch in micro for source in batch.sources])
+            lr = learning_rate(self.step, self.steps, **schedule)
+            self.optimizer.step(lr)
+            self.optimizer.zero_grad()
+            self.step += 1
+            tokens = int(sum(batch.filled for batch in micro))
+            self.tokens += tokens
+            line = {
+                "step": self.step,
+                "epoch": round(objective.epochs_done(), 4),
+                "tokens": self.tokens,
+                "loss": (total / count).item(),
+                "learning_rate": lr,
+                "grad_norm": norm.item(),
+                "tokens_per_s": tokens / (time.monotonic() - began_s),
+                "peak_memory_bytes": peak_memory_bytes(model.device),
+            }
+            self.run.log(line)
+            progress.step(line)
+            self._at_step(progress)
+
+    def _at_step(self, progress: Progress) -> None:
+        """What the configuration wants after this update, and in any case after the last."""
+        config, last = self.config.train, self.step == self.steps
+        if last or _due(self.step, config.eval_every):
+            self.evaluate(progress)
+        if last or _due(self.step, config.sample_every):
+            self.sample(progress)
+        if _due(self.step, config.save_every) and not last:
+            self.save()
+
+    def _refuse_divergence(self, loss: torch.Tensor, norm: torch.Tensor, sources: list[str]) -> None:
+        """LumenError for a loss or gradient that is not finite, before the optimizer has moved anything."""
+        if math.isfinite(loss.item()) and math.isfinite(norm.item()):
+            return
+        self.optimizer.zero_grad()
+        named = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
+        raise LumenError(
+            f"Step {self.step + 1}: the loss is {loss.item()} and the gradient's norm {norm.item()}; nothing was "
+            f"updated. The batch: {named}. Look at these records, else lower train.lr ({self.config.train.lr}) or "
+            "raise the warm-up. "
+            f"{self.run.folder} holds the run up to its last checkpoint."
+        )
+
+    def evaluate(self, progress: Progress) -> None:
+        """Logs the loss on the held-out records, where there are any."""
+        if self.evaluation is None:
+            return
+        loss = mean_loss(self.model, self.evaluation, self.config.train.batch_size)
+        self.run.log({"step": self.step, "eval_loss": loss})
+        progress.say(f"step {self.step}: evaluation loss {loss:.4f}")
+
+    def sample(self, progress: Progress) -> None:
+        """Logs what the model answers to the sample prompts."""
+        sample = self.config.sample
+        if not sample.prompts:
+            return
+        prompts = [question_ids(prompt, self.tokenizer) for prompt in sample.prompts]
+        stops = self.tokenizer.stop_ids
+        options = {"max_tokens": sample.max_tokens, "stop_ids": stops, "temperature": sample.temperature}
+        answers = [
+            self.tokenizer.decode(answer.ids, skip_special=True)
+            for answer in generate(self.model, prompts, **options, seed=self.config.train.seed)
+        ]
+        self.run.log_samples(self.step, sample.prompts, answers)
+        for prompt, answer in zip(sample.prompts, answers, strict=True):
+            progress.say(f"step {self.step}: {prompt!r} → {answer!r}")
+
+    def save(self) -> None:
+        """Writes a checkpoint from which the run continues exactly."""
+        weights = {name: parameter.detach() for name, parameter in self.optimizer.parameters.items()}
+        state = {
+            "tokens": self.tokens,
+            "seconds": time.monotonic() - self.began_s,
+            "position": self.objective.position(),
+            "random": random_state(),
+        }
+        self.run.save_checkpoint(self.step, {"weights": weights, "optimizer": self.optimizer.state_tensors()}, state)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Puts weights, optimizer, counters and random states where `checkpoint` left them."""
+        for name, parameter in self.optimizer.parameters.items():
+            saved = checkpoint.tensors["weights"].get(name)
+            if saved is None or saved.shape != parameter.shape:
+                found = "nothing" if saved is None else tuple(saved.shape)
+                raise CheckpointError(
+                    f"Checkpoint {checkpoint.step}: {name!r} wants {tuple(parameter.shape)}, found {found}."
+                )
+            with torch.no_grad():
+                parameter.copy_(saved)
+        self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"])
+        self.step, self.tokens = checkpoint.step, checkpoint.state["tokens"]
+        self.began_s = time.monotonic() - checkpoint.state["seconds"]
+        restore_random_state(checkpoint.state["random"])
+
+    def save_result(self) -> Path:
+        """Writes the adapter, or the whole model, and its tokenizer; returns the folder."""
+        config = self.config
+        folder = self.run.adapter_path if config.train.method == "lora" else self.run.folder / "model"
+        folder.mkdir(exist_ok=True)
+        if config.train.method == "lora":
+            save_adapter(self.model, folder, config.lora, config.model.path)
+        else:
+            save_model(self.model, folder)
+        self.tokenizer.save(folder)
+        return folder
+
+
+def prepare(config: RunConfig, run: Run, checkpoint: Checkpoint | None) -> Trainer:
+    """The parts of a run: data encoded and packed, model loaded and made trainable, state as in `checkpoint` if given.
+
+    Everything that a user can have got wrong is found here, before the first step; the data first, since it is quick.
+    """
+    torch.manual_seed(config.train.seed)
+    folder = locate(config.model.path)
+    tokenizer = load_tokenizer(folder)
+    if config.data.chat_template:
+        tokenizer = tokenizer.with_chat_template(Path(config.data.chat_template).read_text("utf-8"))
+    template = chat_template(tokenizer)
+    train, held_out = read_splits(config.data, config.train.seed)
+    packed = encode_records(train, config.data, tokenizer, template)
+    evaluation = encode_records(held_out, config.data, tokenizer, template) if held_out else None
+    model = load_model(folder, dtype=config.model.dtype, nf4=config.model.nf4, device=config.model.device)
+    model.recompute = config.train.recompute
+    make_trainable(model, config)
+    position = checkpoint.state["position"] if checkpoint else None
+    split = {"batch_size": config.train.batch_size, "accumulate": config.train.accumulate}
+    objective = SFT(packed, **split, seed=config.train.seed, position=position)
+    trainer = Trainer(
+        run=run,
+        model=model.train(),
+        tokenizer=tokenizer,
+        objective=objective,
+        optimizer=make_optimizer(model, config),
+        evaluation=evaluation,
+        steps=config.train.steps or math.ceil(config.train.epochs * objective.steps_per_epoch),
+    )
+    if checkpoint:
+        trainer.restore(checkpoint)
+    return trainer
+
+
+def make_trainable(model: Decoder, config: RunConfig) -> None:
+    """Attaches an adapter, or makes every weight an fp32 parameter that learns; in place."""
+    if config.train.method == "lora":
+        attach_lora(model, config.lora)
+        return
+    model.float()  # masters; the layers round them to the compute dtype where they use them
+    model.requires_grad_(True)
+
+
+def make_optimizer(model: Decoder, config: RunConfig) -> AdamW:
+    train = config.train
+    parameters: list[tuple[str, Parameter]] = list(model.named_parameters())
+    return AdamW(parameters, beta1=train.beta1, beta2=train.beta2, eps=train.eps, weight_decay=train.weight_decay)
+
+
+def finetune(config: RunConfig, *, resume: bool = False) -> dict:
+    """Runs `config` to its end and returns what summary.json says; the result lies in the run's folder.
+
+    Progress goes to stderr. SIGINT or SIGTERM ends the run after the step at hand, everything saved, `status`
+    "stopped".
+    """
+    run = Run.resume(config.output.folder, config) if resume else Run.create(config.output.folder, config)
+    checkpoint, skipped = run.latest_checkpoint() if resume else (None, [])
+    for reason in skipped:
+        print(f"Skipped a damaged checkpoint: {reason}", file=sys.stderr)
+    if resume:
+        run.rewind(checkpoint.step if checkpoint else -1)
+    with StopSignal() as stop:
+        trainer = prepare(config, run, checkpoint)
+        print(describe(trainer), file=sys.stderr)
+        with Progress(trainer.steps) as progress:
+            trainer.train(stop, progress)
+        trainer.save()
+        return finish(trainer)
+
+
+def finish(trainer: Trainer) -> dict:
+    """Writes the result, the plot, the summary and the page; returns the summary."""
+    run, model = trainer.run, trainer.model
+    result = trainer.save_result()
+    lines = list(run.metrics())
+    losses = [line["loss"] for line in lines if "loss" in line]
+    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    summary = {
+        "status": "done" if trainer.step == trainer.steps else "stopped",
+        "folder": str(run.folder),
+        "result": str(result),
+        "base": trainer.config.model.path,
+        "steps": trainer.step,
+        "tokens": trainer.tokens,
+        "seconds": round(time.monotonic() - trainer.began_s, 2),
+        "first_loss": losses[0] if losses else None,
+        "final_loss": losses[-1] if losses else None,
+        "first_eval_loss": evaluations[0] if evaluations else None,
+        "final_eval_loss": evaluations[-1] if evaluations else None,
+        "best_eval_loss": min(evaluations) if evaluations else None,
+        "peak_memory_bytes": peak_memory_bytes(model.device),
+    }
+    run.write_summary(summary, model.device)
+    if losses:
+        write_loss_plot(run.folder)
+    write_report(run.folder)
+    return summary
+
+
+def describe(trainer: Trainer) -> str:
+    """What is about to happen, in a few lines."""
+    config, model, packed = trainer.config, trainer.model, trainer.objective.packed
+    learned = sum(parameter.numel() for parameter in trainer.optimizer.parameters.values())
+    rows = config.train.batch_size * config.train.accumulate
+    held = ", NF4 base" if config.model.nf4 else ""
+    how = f"LoRA rank {config.lora.rank}" if config.train.method == "lora" else "every weight"
+    cut = f" · {packed.truncated} cut to length, {packed.dropped} dropped" if packed.truncated or packed.dropped else ""
+    return (
+        f"model    {config.model.path} · {model.spec.name}{held} · {model.dtype} on {model.device}\n"
+        f"learns   {how}: {learned:,} parameters\n"
+        f"data     {packed.examples:,} examples in {len(packed.rows):,} rows of {packed.length}, "
+        f"{packed.efficiency:.0%} full, {packed.counted:,} of {packed.tokens:,} tokens learned{cut}\n"
+        f"steps    {trainer.step:,} to {trainer.steps:,}, {rows} rows each\n"
+        f"folder   {trainer.run.folder}"
+    )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that was held: allocated by PyTorch on a GPU, resident in the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 done, 1 failed or stopped before its end, 2 asked wrongly."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lumen.train",
+        description="Fine-tune a model as a run file, a recipe or an earlier run's folder says.",
+        epilog="Example: python -m lumen.train lumen-demo lora.rank=32 output.folder=runs/wide",
+    )
+    parser.add_argument("source", nargs="?", help="RUN.toml, the name of a recipe, or a run's folder")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="as in the file, as lora.rank=32")
+    parser.add_argument("--resume", action="store_true", help="continue in the run's folder from its newest checkpoint")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object on stdout")
+    parser.add_argument("--list", action="store_true", help="list the recipes and leave")
+    parser.add_argument("--show", metavar="RECIPE", help="print a recipe and leave")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of a run file and leave")
+    asked = parser.parse_args(arguments)
+    try:
+        if asked.list:
+            print("\n".join(f"{name:16} {line}" for name, line in list_recipes().items()))
+        elif asked.show:
+            print(read_recipe(asked.show), end="")
+        elif asked.schema:
+            print(schema_json())
+        elif asked.source is None:
+            raise ConfigError("Name a run file, a recipe or a run's folder; --list shows the recipes.")
+        else:
+            return _train(asked)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except LumenError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train(asked: argparse.Namespace) -> int:
+    summary = finetune(load_config(asked.source, asked.overrides), resume=asked.resume)
+    if asked.json:
+        print(json.dumps(summary))
+    folder, done = summary["folder"], summary["status"] == "done"
+    if done:
+        print(f"done: {summary['result']}", file=sys.stderr)
+        print(f"  python -m lumen.chat {folder}", file=sys.stderr)
+        print(f"  python -m lumen.export {folder} OUT --as gguf --quant q8_0", file=sys.stderr)
+    else:
+        print(f"stopped after step {summary['steps']}, everything saved:", file=sys.stderr)
+        print(f"  python -m lumen.train {folder} --resume", file=sys.stderr)
+    return 0 if done else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
