@@ -1,0 +1,1 @@
+"""A trained model leaves lumen: merged weights, GGUF files, a Modelfile."""

@@ -1,0 +1,125 @@
+"""python -m lumen.export: a run or a model leaves as an adapter, a merged folder, or GGUF files and a Modelfile."""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from lumen.errors import ConfigError, LumenError, closest
+from lumen.export.gguf import FILE_TYPES, GGUFReport, write_gguf
+from lumen.export.merge import BASES, merge
+from lumen.export.modelfile import write_modelfile
+from lumen.formats.atomic import replacing_folder, write_text
+from lumen.source import Source, find_source
+
+DEFAULT_QUANT = "q8_0"
+
+
+def export_adapter(source: Source, out: Path, asked: argparse.Namespace) -> dict:
+    """Copies the adapter, in PEFT's layout, with the tokenizer it was trained with."""
+    if source.adapter is None:
+        raise ConfigError(f"{source.name} has no adapter: it is a whole model. Export it --as merged or gguf.")
+    with replacing_folder(out) as folder:
+        shutil.copytree(source.adapter, folder, dirs_exist_ok=True)
+    return {"adapter": str(out)}
+
+
+def export_merged(source: Source, out: Path, asked: argparse.Namespace) -> dict:
+    """Writes base + adapter as a folder of safetensors."""
+    return {"merged": str(merge(source, out, base=asked.base))}
+
+
+def export_gguf(source: Source, out: Path, asked: argparse.Namespace) -> dict:
+    """Writes a GGUF file for each quant, the Modelfile of the first, and a README; merges beside `out` on the way."""
+    quants = list(dict.fromkeys(asked.quant.split(",")))
+    for quant in quants:
+        if quant not in FILE_TYPES:
+            raise ConfigError(
+                f"--quant: {quant!r} is unknown.{closest(quant, FILE_TYPES)} Known: {', '.join(FILE_TYPES)}."
+            )
+    with replacing_folder(out) as folder, tempfile.TemporaryDirectory(dir=folder.parent, prefix=".merge-") as scratch:
+        model = source.base
+        if source.adapter is not None or asked.base != "original":
+            model = merge(source, Path(scratch) / "merged", base=asked.base)
+        reports = []
+        for quant in quants:
+            say(f"writing {source.name}-{quant}.gguf")
+            reports.append(write_gguf(model, folder / f"{source.name}-{quant}.gguf", quant, name=source.name))
+        write_modelfile(model, folder / "Modelfile", reports[0].path.name)
+        write_text(folder / "README.md", _readme(source, reports))
+    for report in reports:
+        for sentence in (*report.fallbacks, *report.differences):
+            say(f"{report.path.name}: {sentence}")
+    return {
+        "files": {report.quant: str(out / report.path.name) for report in reports},
+        "size_bytes": {report.quant: report.size_bytes for report in reports},
+        "types": {report.quant: report.types for report in reports},
+        "fallbacks": {report.quant: list(report.fallbacks) for report in reports},
+        "differences": list(reports[0].differences),
+        "modelfile": str(out / "Modelfile"),
+    }
+
+
+EXPORTS: dict[str, Callable[[Source, Path, argparse.Namespace], dict]] = {
+    "adapter": export_adapter,
+    "merged": export_merged,
+    "gguf": export_gguf,
+}
+
+
+def _readme(source: Source, reports: list[GGUFReport]) -> str:
+    rows = "\n".join(f"| {report.path.name} | {report.quant} | {report.size_bytes:,} |" for report in reports)
+    return (
+        f"# {source.name}\n\nMade by lumen from `{source.base.name}`{' and an adapter' if source.adapter else ''}. "
+        "Every tensor was read back and compared with its source.\n\n"
+        f"| file | type | bytes |\n|---|---|---|\n{rows}\n\n"
+        f"With Ollama, in this folder:\n\n    ollama create {source.name.lower()} -f Modelfile\n"
+        f"    ollama run {source.name.lower()}\n\n"
+        f"With llama.cpp:\n\n    llama-cli -m {reports[0].path.name} -cnv\n\n"
+        "The Modelfile names the first file; change its FROM line to use another.\n"
+    )
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 done, 1 failed, 2 asked wrongly."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lumen.export",
+        description="Export a run or a model; every file is read back and compared before the command ends.",
+        epilog="Example: python -m lumen.export runs/lumen-demo out --as gguf --quant f16,q8_0",
+    )
+    parser.add_argument("source", help="a run's folder, a model's folder, an adapter's folder, or lumen-demo")
+    parser.add_argument("out", type=Path, help="the new folder to write")
+    parser.add_argument("--as", dest="form", choices=EXPORTS, required=True, help="what to write")
+    parser.add_argument(
+        "--quant",
+        default=DEFAULT_QUANT,
+        help=f"for gguf: one or more of {', '.join(FILE_TYPES)} (default {DEFAULT_QUANT})",
+    )
+    parser.add_argument(
+        "--base",
+        choices=BASES,
+        default="original",
+        help="what the adapter is added to: the original weights, or their 4-bit image as in training",
+    )
+    parser.add_argument("--json", action="store_true", help="print what was written as one JSON object on stdout")
+    asked = parser.parse_args(arguments)
+    try:
+        written = EXPORTS[asked.form](find_source(asked.source), asked.out, asked)
+    except LumenError as error:
+        say(f"error: {error}")
+        return 2 if isinstance(error, ConfigError) else 1
+    say(f"done, read back and compared: {asked.out}")
+    if asked.json:
+        print(json.dumps({"out": str(asked.out), **written}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
