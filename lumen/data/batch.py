@@ -9,8 +9,9 @@ A row holds documents one after another. Its four tensors, for two documents `a 
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -53,18 +54,21 @@ class Batch:
 def stack(rows: Sequence[Row]) -> Batch:
     """A batch of `rows`, padded on the right to the longest of them with token 0, which no document sees."""
     width = max(sum(len(example.ids) for example in row) for row in rows)
-    empty = {"tokens": 0, "target": UNCOUNTED, "position": 0, "document": PADDING}
-    columns = {name: torch.full((len(rows), width), fill) for name, fill in empty.items()}
-    for index, row in enumerate(rows):
-        start = 0
-        for number, example in enumerate(row):
-            where = index, slice(start, start + len(example.ids))
-            columns["tokens"][where] = torch.tensor(example.ids)
-            columns["target"][where] = torch.tensor(_targets(example))
-            columns["position"][where] = torch.arange(len(example.ids))
-            columns["document"][where] = number
-            start += len(example.ids)
-    return Batch(**columns, sources=tuple(example.source for row in rows for example in row))
+    columns = {
+        "tokens": [_padded((example.ids for example in row), 0, width) for row in rows],
+        "target": [_padded(map(_targets, row), UNCOUNTED, width) for row in rows],
+        "position": [_padded((range(len(example.ids)) for example in row), 0, width) for row in rows],
+        "document": [
+            _padded(([n] * len(example.ids) for n, example in enumerate(row)), PADDING, width) for row in rows
+        ],
+    }
+    sources = tuple(example.source for row in rows for example in row)
+    return Batch(**{name: torch.tensor(values) for name, values in columns.items()}, sources=sources)
+
+
+def _padded(documents: Iterable[Iterable[int]], fill: int, width: int) -> list[int]:
+    values = list(chain.from_iterable(documents))
+    return values + [fill] * (width - len(values))
 
 
 def _targets(example: Encoded) -> list[int]:
