@@ -2,12 +2,13 @@
 
 The names below are the library, in reading order:
 
-    spec  = lumen.load_family(folder)               what kind of model is in a folder
-    model = lumen.load_model(folder, nf4=True)      its weights, 4-bit where asked
-    tokenizer = lumen.load_tokenizer(folder)
-    lumen.finetune(lumen.load_config("run.toml"))   the training loop
-    lumen.generate(model, prompts, ...)             answers
-    lumen.merge(...), lumen.write_gguf(...), lumen.write_modelfile(...)
+    finetune(load_config(source, overrides))    the training loop, as the command line runs it
+    find_source(path).load()                    the model and the tokenizer that a run, an adapter or a model stands for
+    load_family, load_model, load_tokenizer     the parts of a model's folder: spec, weights (4-bit where asked), text
+    attach_lora, save_adapter, load_adapter     low-rank adapters in PEFT's layout
+    question_ids, generate                      a prompt's ids, and how the model goes on
+    merge, write_gguf, write_modelfile          what leaves: safetensors, GGUF, Modelfile
+    ops                                         the pure functions underneath
 """
 
 from importlib import import_module
@@ -21,9 +22,11 @@ from lumen.export.gguf import write_gguf
 from lumen.export.merge import merge
 from lumen.export.modelfile import write_modelfile
 from lumen.sampling import generate
+from lumen.source import find_source
 from lumen.spec import ModelSpec, load_family
 from lumen.text.conversation import Conversation
 from lumen.text.tokenizer import load_tokenizer
+from lumen.text.turns import question_ids
 
 __all__ = [
     "Batch",
@@ -31,6 +34,7 @@ __all__ = [
     "ModelSpec",
     "RunConfig",
     "attach_lora",
+    "find_source",
     "finetune",
     "generate",
     "load_adapter",
@@ -40,6 +44,7 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "ops",
+    "question_ids",
     "save_adapter",
     "write_gguf",
     "write_modelfile",
