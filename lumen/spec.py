@@ -7,7 +7,8 @@ model reads it.
 
 Notation of a page: a number is a number; a string in a number's place is a (dotted) key of `config.json`; a list is a
 row of alternatives of which the first that exists counts. `[match]` chooses among pages of one architecture, `[expect]`
-states what the code takes for granted; a checkpoint that says otherwise is refused.
+states what the code takes for granted; a checkpoint that says otherwise is refused. In both, a list is a choice,
+and the words "present" and "absent" ask whether the key holds anything but null.
 
 Decision: the GGUF tokenizer kind is not on the page · because it follows from the checkpoint's own tokenizer files, and
 one family is trained with several · revisit when a runtime needs a name that the files do not determine.
@@ -34,6 +35,7 @@ CHOICES = {
     "block.mlp": ("silu", "gelu_tanh"),
     "attention.qk_norm": ("none", "head"),
 }
+LAYER_TYPES = {"full": "full_attention", "window": "sliding_attention"}  # what config.json calls our kinds of layer
 DIMS = {  # ModelSpec field → key of config.json; the same words in every family that lumen knows
     "dim": "hidden_size",
     "depth": "num_hidden_layers",
@@ -94,7 +96,8 @@ class LoraPage:
 class GGUFPage:
     arch: str
     extra: list[str] = field(default_factory=list)  # tensors that GGUF wants and a checkpoint lacks
-    metadata: dict[str, str] = field(default_factory=dict)  # key under the arch → field of ModelSpec
+    metadata: dict[str, str] = field(default_factory=dict)  # key under the arch → (dotted) field of ModelSpec
+    width_scale_depth: int = 0  # at this depth llama.cpp scales q·k by dim / heads, at any other by head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +108,7 @@ class ChatPage:
     system: list[str] = field(default_factory=list)
     user: list[str]
     assistant: list[str]
-    trim: bool = False
-    stop: list[str] = field(default_factory=list)
+    trim: bool = False  # words are stripped of blanks at both ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +199,16 @@ class ModelSpec:
         """The rope of the layers that see everything: the one a GGUF file names first."""
         return next((layer.rope for layer in self.layers if layer.kind == "full"), self.layers[0].rope)
 
+    @property
+    def window_rope(self) -> RopeSpec:
+        """The rope of the layers that see a window; `rope` where there are none."""
+        return next((layer.rope for layer in self.layers if layer.kind == "window"), self.rope)
+
+    @property
+    def window(self) -> int:
+        """Tokens that a query of a window layer sees; 0 where there are none."""
+        return max(layer.window for layer in self.layers)
+
     def tensors(self) -> Iterator[TensorName]:
         """Every tensor that a checkpoint of this model holds, in the order of the page."""
         for name in self.names:
@@ -279,7 +291,7 @@ class Family:
         return [
             f"{self.page.name} wants {key} = {wanted}, found {found[key]!r}"
             for key, wanted in self.page.match.items()
-            if found[key] not in (wanted if isinstance(wanted, list) else [wanted])
+            if not _allows(wanted, found[key])
         ]
 
     def bind(self, config: dict, where: str = "config.json") -> ModelSpec:
@@ -307,8 +319,11 @@ class Family:
         number = _Numbers(known, where, page.name)
         ropes = {kind: number.rope(kind, rope) for kind, rope in page.rope.items()}
         window = int(number("attention.window", page.attention.window))
+        if "window" in page.attention.layers and window < 1:
+            raise SpecError(f"{where}: {page.attention.window} wants a window of at least 1 token, found {window}.")
         pattern = page.attention.layers
         kinds = [pattern[i % len(pattern)] for i in range(depth)]
+        _check_layer_types(page, config, kinds, where)
         tensors = dict(page.tensors)
         block_rows = _flatten(tensors.pop("block", {}))
         return ModelSpec(
@@ -328,10 +343,10 @@ class Family:
             bias=frozenset(page.attention.bias),
             qk_norm=page.attention.qk_norm,
             scale=number("attention.scale", page.attention.scale) ** -0.5,
-            softcap=number("attention.softcap", page.attention.softcap),
+            softcap=float(number("attention.softcap", page.attention.softcap)),
             embed_scale=page.embed.scale,
             tied=bool(config.get("tie_word_embeddings", False)) if page.embed.tied is None else page.embed.tied,
-            logits_softcap=number("logits.softcap", page.logits.softcap),
+            logits_softcap=float(number("logits.softcap", page.logits.softcap)),
             names=NameTable(_flatten(tensors), block_rows, depth, f"model_specs/{page.name}.toml"),
             lora_targets=tuple(page.lora.targets),
             gguf=page.gguf,
@@ -345,6 +360,7 @@ def read_config(folder: Path | str) -> dict:
 
     Newer writers put `rope_theta` and the scaling into `rope_parameters` and call `torch_dtype` `dtype`; both spellings
     come out as `rope_theta`, `rope_scaling` (always there, with `rope_type`; "default" means none) and `torch_dtype`.
+    Where each kind of layer has parameters of its own, those of the window layers come out as `rope_local_base_freq`.
     """
     path = Path(folder) / "config.json"
     try:
@@ -407,6 +423,9 @@ def _classic_spelling(config: dict, where: str) -> dict:
     scaling = config.get("rope_scaling") or {}
     if parameters := config.pop("rope_parameters", None):
         scaling = dict(parameters)
+        if windowed := scaling.pop(LAYER_TYPES["window"], None):
+            config["rope_local_base_freq"] = _plain_theta(windowed, where)
+        scaling = dict(scaling.pop(LAYER_TYPES["full"], scaling))
         config["rope_theta"] = scaling.pop("rope_theta", config.get("rope_theta"))
     if not isinstance(scaling, dict):
         raise SpecError(f"{where}: rope_scaling wants an object, found {scaling!r}.")
@@ -414,6 +433,15 @@ def _classic_spelling(config: dict, where: str) -> dict:
     scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type") or "default"
     config["rope_scaling"] = scaling
     return config
+
+
+def _plain_theta(parameters: dict, where: str) -> float | None:
+    """`rope_theta` of the window layers, whose positions no known family scales."""
+    if (kind := parameters.get("rope_type", "default")) != "default":
+        raise SpecError(
+            f"{where}: rope_parameters.{LAYER_TYPES['window']}.rope_type is {kind!r}; only 'default' is known there."
+        )
+    return parameters.get("rope_theta")
 
 
 def _lookup(config: dict, key: str) -> object:
@@ -497,8 +525,28 @@ def _check_words(page: Page, where: str) -> None:
 def _check_expectations(page: Page, config: dict, where: str) -> None:
     for key, wanted in page.expect.items():
         found = _lookup(config, key)
-        allowed = wanted if isinstance(wanted, list) else [wanted]
-        if found is not None and found not in allowed:
+        if found is not None and not _allows(wanted, found):
+            allowed = wanted if isinstance(wanted, list) else [wanted]
             raise SpecError(
                 f"{where}: {key} is {found!r}; family {page.name!r} wants {' or '.join(map(repr, allowed))}."
             )
+
+
+def _allows(wanted: object, found: object) -> bool:
+    """Whether a row of `[match]` or `[expect]` holds for the value of its key; None is an absent one."""
+    if wanted in ("present", "absent"):
+        return (found is not None) == (wanted == "present")
+    return found in (wanted if isinstance(wanted, list) else [wanted])
+
+
+def _check_layer_types(page: Page, config: dict, kinds: list[str], where: str) -> None:
+    """Newer writers list the kind of every layer; the list must be what the page says."""
+    found = config.get("layer_types")
+    if found is None:
+        return
+    wanted = [LAYER_TYPES[kind] for kind in kinds]
+    if not isinstance(found, list) or len(found) != len(wanted):
+        raise SpecError(f"{where}: layer_types wants a list of {len(wanted)} words, one a layer, found {found!r}.")
+    for layer, pair in enumerate(zip(found, wanted, strict=True)):
+        if pair[0] != pair[1]:
+            raise SpecError(f"{where}: layer_types[{layer}] is {pair[0]!r}; family {page.name!r} wants {pair[1]!r}.")

@@ -29,6 +29,9 @@ from lumen.report import Progress, write_loss_plot, write_report
 from lumen.run import Checkpoint, Run, StopSignal, random_state, restore_random_state
 from lumen.sampling import generate
 from lumen.source import locate
+from lumen.spec import load_family
+from lumen.text.chat_format import write_jinja
+from lumen.text.conversation import Conversation
 from lumen.text.tokenizer import Tokenizer, load_tokenizer
 from lumen.text.turns import chat_template, question_ids
 
@@ -188,8 +191,11 @@ def prepare(config: RunConfig, run: Run, checkpoint: Checkpoint | None) -> Train
     tokenizer = load_tokenizer(folder)
     if config.data.chat_template:
         tokenizer = tokenizer.with_chat_template(Path(config.data.chat_template).read_text("utf-8"))
-    template = chat_template(tokenizer)
     train, held_out = read_splits(config.data, config.train.seed)
+    page = load_family(folder).chat
+    if tokenizer.chat_template is None and page and any(isinstance(record, Conversation) for record in train):
+        tokenizer = tokenizer.with_chat_template(write_jinja(page))  # a base model learns its family's turns
+    template = chat_template(tokenizer)
     packed = encode_records(train, config.data, tokenizer, template)
     evaluation = encode_records(held_out, config.data, tokenizer, template) if held_out else None
     model = load_model(folder, dtype=config.model.dtype, nf4=config.model.nf4, device=config.model.device)

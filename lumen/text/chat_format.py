@@ -9,12 +9,14 @@ Only prompts are looked at, texts that end where an answer is to be generated: a
 answer of a training text is written may differ (a thinking block, another closing token) and is `turns.py`'s to find.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from lumen.errors import DataError
+from lumen.spec import ChatPage
 from lumen.text.template import ChatTemplate
 
 Pair = tuple[str, str]  # what stands before and after the words of a turn
@@ -75,6 +77,22 @@ class Turns:
         )
         known = set(roles[1:]) <= {"user", "assistant"} and roles[:1] != ["assistant"]
         return plain and known and (roles[:1] != ["system"] or self.system is not None)
+
+
+def write_jinja(page: ChatPage) -> str:
+    """The turns of a family's page as a Jinja template, for a checkpoint that brings none of its own."""
+    words = "message['content'] | trim" if page.trim else "message['content']"
+    pairs = {"system": page.system, "user": page.user, "assistant": page.assistant}
+    turns = "".join(
+        f"{{% {'if' if number == 0 else 'elif'} message['role'] == '{role}' %}}"
+        f"{{{{ {json.dumps(before)} + ({words}) + {json.dumps(after)} }}}}"
+        for number, (role, (before, after)) in enumerate((role, pair) for role, pair in pairs.items() if pair)
+    )
+    return (
+        f"{{{{ {json.dumps(page.begin)} }}}}{{% for message in messages %}}{turns}"
+        "{% else %}{{ raise_exception('no turn for the role ' + message['role']) }}{% endif %}{% endfor %}"
+        f"{{% if add_generation_prompt %}}{{{{ {json.dumps(page.assistant[0])} }}}}{{% endif %}}"
+    )
 
 
 def find_turns(template: ChatTemplate) -> Turns:

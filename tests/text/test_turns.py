@@ -12,6 +12,8 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
 from lumen.errors import ConfigError, DataError
+from lumen.spec import Family
+from lumen.text.chat_format import write_jinja
 from lumen.text.conversation import Conversation, Encoded, PromptCompletion, Text, Turn
 from lumen.text.template import ChatTemplate
 from lumen.text.tokenizer import Tokenizer, load_tokenizer
@@ -482,3 +484,22 @@ def test_a_question_is_asked_through_the_tokenizers_own_template(byte_level):
     assert (template.bos_token, template.eos_token) == ("<BOS>", "<EOS>")
     wanted = "<BOS><|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n"
     assert byte_level.decode(question_ids("One?", asked)) == wanted
+
+
+@pytest.mark.parametrize("page", [name for name in Family.names() if Family.load(name).page.chat])
+def test_the_template_made_from_a_page_has_the_turns_of_the_page(page):
+    chat = Family.load(page).page.chat
+    turns = find_turns(ChatTemplate(write_jinja(chat)))
+    assert (turns.begin, turns.user, turns.assistant) == (chat.begin, tuple(chat.user), tuple(chat.assistant))
+    assert turns.system == (tuple(chat.system) if chat.system else None)
+    assert turns.trim == (frozenset({"system", "user", "assistant"}) if chat.trim else frozenset())
+
+
+def test_the_template_made_from_the_llama_3_page_writes_what_metas_own_does(shared_data):
+    ours = ChatTemplate(write_jinja(Family.load("llama3").page.chat))
+    theirs = (shared_data / "chat_templates/trl__llama3_training.jinja").read_text("utf-8")
+    messages = [{"role": "system", "content": " be brief "}, {"role": "user", "content": "hi\n"}]
+    wanted = ChatTemplate(theirs, bos_token="<|begin_of_text|>").render(messages, add_generation_prompt=True)
+    assert ours.render(messages, add_generation_prompt=True) == wanted
+    with pytest.raises(DataError, match="no turn for the role tool"):
+        ours.render([{"role": "tool", "content": "42"}])
