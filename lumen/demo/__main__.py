@@ -14,6 +14,7 @@ from pathlib import Path
 from lumen.config import load_config
 from lumen.data.records import read_records
 from lumen.demo import demo_data
+from lumen.demo.orders import same_order
 from lumen.errors import ConfigError, LumenError
 from lumen.export.gguf import write_gguf
 from lumen.export.merge import merge
@@ -32,18 +33,15 @@ SHOWN = 3  # orders whose answers are printed
 
 @dataclass(frozen=True, kw_only=True)
 class Exam:
-    """Orders with the answers that are wanted."""
+    """Orders, and the JSON that is wanted for each."""
 
     orders: list[str]
-    wanted: list[dict]
+    wanted: list[str]
 
     @classmethod
     def read(cls) -> "Exam":
         turns = [record.turns for record in read_records(demo_data("lumen-demo-heldout"), "chat")]
-        return cls(
-            orders=[question.content for question, _ in turns],
-            wanted=[json.loads(answer.content) for _, answer in turns],
-        )
+        return cls(orders=[order.content for order, _ in turns], wanted=[answer.content for _, answer in turns])
 
     def answers(self, model: Decoder, tokenizer: Tokenizer) -> list[str]:
         """What the model says to every order, greedily, in batches of 50."""
@@ -55,15 +53,8 @@ class Exam:
         return said
 
     def right(self, answers: list[str]) -> int:
-        """How many answers are the wanted JSON, in whatever spelling."""
-        return sum(_parsed(answer) == wanted for answer, wanted in zip(answers, self.wanted, strict=True))
-
-
-def _parsed(answer: str) -> object:
-    try:
-        return json.loads(answer)
-    except json.JSONDecodeError:
-        return None
+        """How many answers are JSON of the wanted value, in whatever spelling."""
+        return sum(map(same_order, answers, self.wanted))
 
 
 def demonstrate(folder: Path) -> dict:
@@ -89,7 +80,7 @@ def demonstrate(folder: Path) -> dict:
     gguf.mkdir()
     reports = [write_gguf(merged, gguf / f"{RECIPE}-{quant}.gguf", quant, name=RECIPE) for quant in QUANTS]
     write_modelfile(merged, gguf / "Modelfile", reports[-1].path.name)
-    say(f"     merged model: {exam.right(again)} of {len(again)} right · {len(reports)} GGUF files compared with it")
+    say(f"     merged model: {exam.right(again)} of {len(again)} right · {len(reports)} GGUF files, a Modelfile")
     return {
         "orders": len(exam.orders),
         "right_before": exam.right(before),

@@ -44,12 +44,13 @@ def export_gguf(source: Source, out: Path, asked: argparse.Namespace) -> dict:
         model = source.base
         if source.adapter is not None or asked.base != "original":
             model = merge(source, Path(scratch) / "merged", base=asked.base)
+        if asked.modelfile:  # first: where the chat template cannot be proven, nothing large has been written yet
+            write_modelfile(model, folder / "Modelfile", f"{source.name}-{quants[0]}.gguf")
         reports = []
         for quant in quants:
             say(f"writing {source.name}-{quant}.gguf")
             reports.append(write_gguf(model, folder / f"{source.name}-{quant}.gguf", quant, name=source.name))
-        write_modelfile(model, folder / "Modelfile", reports[0].path.name)
-        write_text(folder / "README.md", _readme(source, reports))
+        write_text(folder / "README.md", _readme(source, reports, asked.modelfile))
     for report in reports:
         for sentence in (*report.fallbacks, *report.differences):
             say(f"{report.path.name}: {sentence}")
@@ -59,7 +60,7 @@ def export_gguf(source: Source, out: Path, asked: argparse.Namespace) -> dict:
         "types": {report.quant: report.types for report in reports},
         "fallbacks": {report.quant: list(report.fallbacks) for report in reports},
         "differences": list(reports[0].differences),
-        "modelfile": str(out / "Modelfile"),
+        "modelfile": str(out / "Modelfile") if asked.modelfile else None,
     }
 
 
@@ -70,16 +71,18 @@ EXPORTS: dict[str, Callable[[Source, Path, argparse.Namespace], dict]] = {
 }
 
 
-def _readme(source: Source, reports: list[GGUFReport]) -> str:
+def _readme(source: Source, reports: list[GGUFReport], modelfile: bool) -> str:
+    name = source.name.lower()
+    ollama = (
+        f"With Ollama, in this folder:\n\n    ollama create {name} -f Modelfile\n    ollama run {name}\n\n"
+        "The Modelfile names the first file; change its FROM line to use another.\n\n"
+    )
     rows = "\n".join(f"| {report.path.name} | {report.quant} | {report.size_bytes:,} |" for report in reports)
     return (
         f"# {source.name}\n\nMade by lumen from `{source.base.name}`{' and an adapter' if source.adapter else ''}. "
         "Every tensor was read back and compared with its source.\n\n"
         f"| file | type | bytes |\n|---|---|---|\n{rows}\n\n"
-        f"With Ollama, in this folder:\n\n    ollama create {source.name.lower()} -f Modelfile\n"
-        f"    ollama run {source.name.lower()}\n\n"
-        f"With llama.cpp:\n\n    llama-cli -m {reports[0].path.name} -cnv\n\n"
-        "The Modelfile names the first file; change its FROM line to use another.\n"
+        f"{ollama if modelfile else ''}With llama.cpp:\n\n    llama-cli -m {reports[0].path.name} -cnv\n"
     )
 
 
@@ -107,6 +110,12 @@ def main(arguments: list[str] | None = None) -> int:
         choices=BASES,
         default="original",
         help="what the adapter is added to: the original weights, or their 4-bit image as in training",
+    )
+    parser.add_argument(
+        "--no-modelfile",
+        dest="modelfile",
+        action="store_false",
+        help="for gguf: leave the Modelfile out, as for a chat template that Ollama's language cannot express",
     )
     parser.add_argument("--json", action="store_true", help="print what was written as one JSON object on stdout")
     asked = parser.parse_args(arguments)
