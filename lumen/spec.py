@@ -16,6 +16,7 @@ one family is trained with several · revisit when a runtime needs a name that t
 
 import json
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -277,7 +278,7 @@ class Family:
     @staticmethod
     @cache
     def load(name: str) -> "Family":
-        """The page `model_specs/NAME.toml`; SpecError for an unknown name or a page that does not parse."""
+        """The page `model_specs/NAME.toml`; SpecError for an unknown name or a page of unknown words."""
         if name not in Family.names():
             raise SpecError(f"There is no page model_specs/{name}.toml.{closest(name, Family.names())}")
         where = f"model_specs/{name}.toml"
@@ -386,7 +387,7 @@ def find_family(config: dict, where: str = "config.json") -> Family:
     families = [Family.load(name) for name in Family.names()]
     same = [family for family in families if family.page.architecture == architecture]
     if not same:
-        known = sorted({family.page.architecture for family in families})
+        known = [known for known, _ in Counter(family.page.architecture for family in families).most_common()]
         hint = closest(str(architecture), known)
         raise SpecError(
             f"{where}: architectures is {architecture!r}, which no page describes.{hint} Known: {', '.join(known)}."
@@ -422,6 +423,8 @@ def _classic_spelling(config: dict, where: str) -> dict:
         config.setdefault("torch_dtype", config.pop("dtype"))
     scaling = config.get("rope_scaling") or {}
     if parameters := config.pop("rope_parameters", None):
+        if not isinstance(parameters, dict):
+            raise SpecError(f"{where}: rope_parameters wants an object, found {parameters!r}.")
         scaling = dict(parameters)
         if windowed := scaling.pop(LAYER_TYPES["window"], None):
             config["rope_local_base_freq"] = _plain_theta(windowed, where)
@@ -431,7 +434,8 @@ def _classic_spelling(config: dict, where: str) -> dict:
         raise SpecError(f"{where}: rope_scaling wants an object, found {scaling!r}.")
     scaling = dict(scaling)
     scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type") or "default"
-    config["rope_scaling"] = scaling
+    # what stands beside "default" does not count, as in transformers
+    config["rope_scaling"] = {"rope_type": "default"} if scaling["rope_type"] == "default" else scaling
     return config
 
 

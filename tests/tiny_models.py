@@ -1,10 +1,16 @@
 """Tiny random checkpoints, made and judged by transformers."""
 
+import json
 from pathlib import Path
 
+import tokenizers
 import torch
 import transformers
 
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -55,3 +61,94 @@ def llama(folder: Path, **changes: object) -> transformers.LlamaForCausalLM:
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """‖found − wanted‖ / ‖wanted‖ in float64."""
     return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+WINDOW = 8  # tokens, of the window layers of the models below
+CONTEXT = 64  # tokens that the models below are said to be made for
+GEMMA3 = {"num_hidden_layers": 7, "head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": WINDOW}
+FAMILIES = {  # a shape of a family → its page, the first word of its classes, and what it sets beyond the sizes
+    "qwen2": ("qwen2", "Qwen2", {}),
+    "qwen2 tied": ("qwen2", "Qwen2", {"tie_word_embeddings": True}),
+    "mistral": ("mistral", "Mistral", {"sliding_window": WINDOW}),
+    "mistral v0.2": ("mistral-v0.2", "Mistral", {"sliding_window": None, "rope_theta": 1e6}),
+    "mistral nemo": ("mistral-v0.2", "Mistral", {"sliding_window": None, "head_dim": 24}),
+    "qwen3": ("qwen3", "Qwen3", {"head_dim": 24}),
+    "qwen3 tied": ("qwen3", "Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma": ("gemma", "Gemma", {"head_dim": 24, "num_key_value_heads": 1}),
+    "gemma2": (
+        "gemma2",
+        "Gemma2",
+        {
+            "head_dim": 24,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": WINDOW,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": ("gemma3", "Gemma3", GEMMA3),
+    "gemma3 linear": (
+        "gemma3",
+        "Gemma3",
+        GEMMA3
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 3000.0},
+            }
+        },
+    ),
+}
+
+
+def family(folder: Path, shape: str, **changes: object) -> transformers.PreTrainedModel:
+    """Writes a random model, one of `FAMILIES`, into `folder`; returns transformers' own model of it, in fp32, in eval
+    mode and with plain attention, the only one that knows every switch.
+
+    Windows and soft caps are small, norms and biases are drawn wide: no mechanism is close to doing nothing.
+    """
+    _, word, own = FAMILIES[shape]
+    settings = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
+    config_class = getattr(transformers, f"{word}TextConfig", None) or getattr(transformers, f"{word}Config")
+    config = config_class(**settings | own | changes, attn_implementation="eager")
+    torch.manual_seed(7)
+    model = getattr(transformers, f"{word}ForCausalLM")(config).eval()
+    identity = 0.0 if word.startswith("Gemma") else 1.0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(identity - 0.5, identity + 0.5)
+            else:
+                parameter.normal_(0, 0.5 if name.endswith("bias") else 0.12)
+    model.save_pretrained(folder)
+    return model
+
+
+def byte_level_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer of Qwen 2's kind into `folder`: bytes, no BOS, and merges for at most 44 of its 300 tokens."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN2_SPLIT), "isolated")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 4, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))

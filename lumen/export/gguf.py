@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -216,7 +217,11 @@ def size_label(parameters: int) -> str:
 
 
 def _model_metadata(spec: ModelSpec) -> dict[str, Value]:
-    """What llama.cpp must know of the arithmetic, under the architecture's own prefix."""
+    """What llama.cpp must know of the arithmetic, under the architecture's own prefix.
+
+    ExportError for a scale of attention that the file cannot say.
+    """
+    _check_scale(spec)
     values = {
         "context_length": Value("u32", spec.context_length),
         "embedding_length": Value("u32", spec.dim),
@@ -235,9 +240,20 @@ def _model_metadata(spec: ModelSpec) -> dict[str, Value]:
         values["rope.scaling.type"] = Value("string", "linear")
         values["rope.scaling.factor"] = Value("f32", spec.rope.factor)
     for key, field in spec.gguf.metadata.items():
-        number = getattr(spec, field)
+        number = attrgetter(field)(spec)
         values[key] = Value("u32" if isinstance(number, int) else "f32", number)
     return {f"{spec.gguf.arch}.{key}": value for key, value in values.items()}
+
+
+def _check_scale(spec: ModelSpec) -> None:
+    """llama.cpp reads no scale of attention from these files: it takes the root of a width that it derives itself."""
+    by_width = len(spec.layers) == spec.gguf.width_scale_depth
+    theirs = (spec.dim // spec.heads if by_width else spec.head_dim) ** -0.5
+    if not math.isclose(spec.scale, theirs):
+        raise ExportError(
+            f"{spec.name}: llama.cpp multiplies q·k by {theirs:g} in a {spec.gguf.arch!r} model of {len(spec.layers)} "
+            f"layers, and this one was made for {spec.scale:g}. A GGUF file of it would give other answers."
+        )
 
 
 def _vocab_metadata(vocab: GGUFVocab, chat_template: str | None) -> dict[str, Value]:

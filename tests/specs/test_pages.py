@@ -7,7 +7,8 @@ from lumen.checkpoint import new_model
 from lumen.names import TRANSFORMS
 from lumen.spec import DIMS, Family
 
-PARAMETERS = {  # as the model cards say, in the sizes that a page lists
+GEMMA3_VISION = 416_866_032  # the tower of all sizes; its projector from 1152 to D is one norm and one matrix
+PARAMETERS = {  # as the model cards say, in the sizes that a page lists; of Gemma 3 from 4b on the text half
     ("llama2", "7b"): 6_738_415_616,
     ("llama2", "13b"): 13_015_864_320,
     ("llama2", "70b"): 68_976_648_192,
@@ -17,8 +18,39 @@ PARAMETERS = {  # as the model cards say, in the sizes that a page lists
     ("llama3.1", "3.2-3b"): 3_212_749_824,
     ("llama3.1", "8b"): 8_030_261_248,
     ("llama3.1", "70b"): 70_553_706_496,
+    ("qwen2", "0.5b"): 494_032_768,
+    ("qwen2", "1.5b"): 1_543_714_304,
+    ("qwen2", "3b"): 3_085_938_688,
+    ("qwen2", "7b"): 7_615_616_512,
+    ("qwen2", "14b"): 14_770_033_664,
+    ("qwen2", "32b"): 32_763_876_352,
+    ("qwen2", "72b"): 72_706_203_648,
+    ("mistral", "7b"): 7_241_732_096,
+    ("mistral-v0.2", "7b-v0.2"): 7_241_732_096,
+    ("mistral-v0.2", "7b-v0.3"): 7_248_023_552,
+    ("mistral-v0.2", "nemo-12b"): 12_247_782_400,
+    ("qwen3", "0.6b"): 596_049_920,
+    ("qwen3", "1.7b"): 1_720_574_976,
+    ("qwen3", "4b"): 4_022_468_096,
+    ("qwen3", "8b"): 8_190_735_360,
+    ("qwen3", "14b"): 14_768_307_200,
+    ("qwen3", "32b"): 32_762_123_264,
+    ("gemma", "2b"): 2_506_172_416,
+    ("gemma", "7b"): 8_537_680_896,
+    ("gemma2", "2b"): 2_614_341_888,
+    ("gemma2", "9b"): 9_241_705_984,
+    ("gemma2", "27b"): 27_227_128_320,
+    ("gemma3", "270m"): 268_098_176,
+    ("gemma3", "1b"): 999_885_952,
+    ("gemma3", "4b"): 4_300_079_472 - GEMMA3_VISION - 1152 * (2560 + 1),
+    ("gemma3", "12b"): 12_187_325_040 - GEMMA3_VISION - 1152 * (3840 + 1),
+    ("gemma3", "27b"): 27_432_406_640 - GEMMA3_VISION - 1152 * (5376 + 1),
 }
-TIED = {("llama3.1", "3.2-1b"), ("llama3.1", "3.2-3b")}
+TIED = {
+    *[("llama3.1", size) for size in ("3.2-1b", "3.2-3b")],
+    *[("qwen2", size) for size in ("0.5b", "1.5b", "3b")],
+    *[("qwen3", size) for size in ("0.6b", "1.7b", "4b")],
+}
 TINY = {"layers": 2, "dim": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_dim": 48, "vocab": 61}
 
 
@@ -27,6 +59,11 @@ def bind(page: str, size: dict, tied: bool = False):
     family = Family.load(page)
     keys = DIMS | {"layers": "num_hidden_layers", "kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
     config = {
+        "sliding_window": 4096,
+        "query_pre_attn_scalar": size["head_dim"],
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "rope_local_base_freq": 10000.0,
         "rope_theta": 10000.0,
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 128,
@@ -39,6 +76,8 @@ def bind(page: str, size: dict, tied: bool = False):
             "original_max_position_embeddings": 32,
         },
     }
+    absent = {key for key, wanted in (family.page.match | family.page.expect).items() if wanted == "absent"}
+    config = {key: value for key, value in config.items() if key not in absent}
     return family.bind(config | {keys[name]: value for name, value in size.items()})
 
 
