@@ -6,6 +6,7 @@ that PEFT, vLLM and others read what lumen trained, and lumen reads what PEFT tr
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ NOT_READ = {
     "alora_invocation_tokens": (None, []),
     "use_qalora": (None, False),
     "target_parameters": (None, []),
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),  # others change the base weights too
 }
 
 
@@ -49,6 +51,8 @@ def attach_lora(model: Decoder, lora: Lora) -> dict[str, LoraPair]:
     ConfigError for a target that names no layer.
     """
     layers = linear_layers(model)
+    if lora.rank < 1:
+        raise ConfigError(f"lora.rank wants at least 1, found {lora.rank}.")
     chosen = _targets(lora.targets or model.spec.lora_targets, layers, model.spec.lora_targets)
     model.requires_grad_(False)
     scale = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
@@ -140,7 +144,6 @@ class AdapterWeights:
     """An adapter as it lies on disk, by role: for attaching, and for merging without building a model."""
 
     pairs: dict[str, tuple[Tensor, Tensor]]  # role → A (R, in), B (out, R), fp32
-    base: str
     dropout: float
     config: dict
     names: NameTable
@@ -149,7 +152,7 @@ class AdapterWeights:
     def read(cls, folder: Path | str, names: NameTable) -> "AdapterWeights":
         """The adapter in `folder`; CheckpointError when it is damaged, incomplete, or says what lumen does not do."""
         folder = Path(folder)
-        config = _read_config(folder / CONFIG_FILE)
+        config = read_adapter_config(folder)
         halves: dict[str, dict[str, Tensor]] = {}
         with open_file(folder / WEIGHTS_FILE) as file:
             for key in file.names():
@@ -164,7 +167,6 @@ class AdapterWeights:
             raise CheckpointError(f"{folder / WEIGHTS_FILE}: holds no LoRA tensors.")
         return cls(
             pairs={role: (found["lora_A"], found["lora_B"]) for role, found in halves.items()},
-            base=str(config.get("base_model_name_or_path") or ""),
             dropout=float(config.get("lora_dropout") or 0.0),
             config=config,
             names=names,
@@ -194,7 +196,9 @@ def _targets(wanted: Iterable[str], layers: Iterable[str], default: Iterable[str
     return [role for role, part in parts.items() if any(fnmatchcase(part, word) for word in words)]
 
 
-def _read_config(path: Path) -> dict:
+def read_adapter_config(folder: Path | str) -> dict:
+    """`adapter_config.json` of a folder; CheckpointError where it is damaged or says what lumen does not do."""
+    path = Path(folder) / CONFIG_FILE
     try:
         config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -228,5 +232,8 @@ def _parse_key(key: str, names: NameTable, folder: Path) -> tuple[str, str]:
 
 
 def _pattern_hits(pattern: str, checkpoint: str) -> bool:
-    """PEFT's rule for plain keys of a pattern: the whole module path, or its end after a dot."""
-    return checkpoint == pattern or checkpoint.endswith("." + pattern)
+    """PEFT's rule: a key of a pattern is a regular expression for the whole module path, or for its end after a dot."""
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", checkpoint) is not None
+    except re.error as error:
+        raise CheckpointError(f"{CONFIG_FILE}: alpha_pattern: {pattern!r} is no regular expression: {error}.") from None

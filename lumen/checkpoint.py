@@ -5,12 +5,13 @@ Peak memory while loading is the model as it will be plus one tensor: each is ma
 asked, and forgotten.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lumen.errors import CheckpointError, ConfigError, closest
+from lumen.errors import CheckpointError, ConfigError, SpecError, closest
 from lumen.formats.atomic import write_json
 from lumen.formats.safetensors import TensorEntry, TensorFiles, write_sharded
 from lumen.models.decoder import Decoder
@@ -77,17 +78,28 @@ def save_model(model: Decoder, folder: Path | str) -> None:
         raise CheckpointError(
             "A model with NF4 layers cannot be saved dense: merge its adapter into the original base."
         )
-    dtype = DTYPES[spec.config.get("torch_dtype") or "float32"]
-    state = model.state_dict()
-    entries = [
-        TensorEntry(name.checkpoint, name.shape, dtype, lambda role=name.role: state[role].to("cpu", dtype))
-        for name in spec.tensors()
-    ]
+    dtype, state = stored_dtype(spec), model.state_dict()
+
+    def read(name: TensorName) -> Tensor:
+        values = state[name.role].to("cpu", dtype)
+        if not values.isfinite().all():
+            raise CheckpointError(f"{name.checkpoint}: wanted finite weights in {dtype}, found infinity or NaN.")
+        return values
+
+    entries = [TensorEntry(name.checkpoint, name.shape, dtype, partial(read, name)) for name in spec.tensors()]
     write_sharded(folder, entries)
     config = dict(spec.config)
     if config["rope_scaling"]["rope_type"] == "default":
         config["rope_scaling"] = None
     write_json(folder / "config.json", config)
+
+
+def stored_dtype(spec: ModelSpec) -> torch.dtype:
+    """The dtype that `config.json` says the weights are stored in; SpecError for one that lumen does not write."""
+    word = spec.config.get("torch_dtype") or "float32"
+    if word not in DTYPES:
+        raise SpecError(f"config.json: torch_dtype is {word!r}; to save such a model lumen wants {', '.join(DTYPES)}.")
+    return DTYPES[word]
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:

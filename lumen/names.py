@@ -94,9 +94,6 @@ class NameTable:
     def __iter__(self):
         return iter(self._by_role.values())
 
-    def __contains__(self, role: str) -> bool:
-        return role in self._by_role
-
     def by_role(self, role: str) -> ModuleName:
         return self._by_role[role]
 

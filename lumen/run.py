@@ -77,7 +77,10 @@ class Run:
                 f"{folder}: wanted a new or empty folder for the run, found one in use. "
                 f"Choose another by output.folder=…, or add --resume to continue the run there."
             )
-        run.checkpoints_path.mkdir(parents=True)
+        try:
+            run.checkpoints_path.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(f"output.folder: {folder} cannot be made: {error.strerror}.") from None
         write_text(run.folder / "config.toml", write_toml(config))
         return run
 
@@ -105,6 +108,10 @@ class Run:
             shutil.rmtree(abandoned)
         write_text(folder / "config.toml", write_toml(run.config))
         return run
+
+    def discard(self) -> None:
+        """Removes a folder in which no step was taken, so that the corrected command finds it free."""
+        shutil.rmtree(self.folder)
 
     def log(self, line: Mapping[str, object]) -> None:
         """Appends one line to metrics.jsonl; it has a "step", and numbers that are finite."""

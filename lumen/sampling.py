@@ -67,7 +67,9 @@ def generate(
     answers: list[list[int]] = [[] for _ in prompts]
     finish: list[Literal["stop", "length"] | None] = [None] * len(prompts)
     with _no_training(model):
-        tokens, positions, document = (tensor.to(model.device) for tensor in _left_padded(prompts))
+        tokens, positions, document = (
+            tensor if tensor is None else tensor.to(model.device) for tensor in _left_padded(prompts)
+        )
         capacity = tokens.shape[1] + max(room) - 1  # the last token is never read
         cache = KVCache(model.spec, len(prompts), capacity, model.dtype, model.device)
         while not all(finish):
@@ -84,7 +86,7 @@ def generate(
                 if on_token:
                     on_token(row, token)
             tokens, positions = chosen[:, None], positions[:, -1:] + 1  # (B, 1)
-            document = torch.zeros_like(tokens)
+            document = None  # what is generated belongs to document 0
     return [Generation(ids=ids, finish=how) for ids, how in zip(answers, finish, strict=True)]
 
 
@@ -130,8 +132,8 @@ def cut(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
     return logits
 
 
-def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, positions and documents (B, T) of the prompts; all rows end at the right edge."""
+def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tokens, positions and documents (B, T) of the prompts, ending at the right edge; documents only with padding."""
     T = max(len(prompt) for prompt in prompts)
     tokens, positions = torch.zeros(2, len(prompts), T, dtype=torch.int64)
     document = torch.full((len(prompts), T), PADDING)
@@ -140,7 +142,7 @@ def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tens
         tokens[row, start:] = torch.tensor(prompt)
         positions[row, start:] = torch.arange(len(prompt))
         document[row, start:] = 0
-    return tokens, positions, document
+    return tokens, positions, document if (document == PADDING).any() else None
 
 
 @contextmanager

@@ -1,10 +1,9 @@
 """What a user points a verb at: a model's folder, an adapter's, or a run's; and the model that it stands for."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from lumen.adapter import CONFIG_FILE, load_adapter
+from lumen.adapter import CONFIG_FILE, load_adapter, read_adapter_config
 from lumen.checkpoint import load_model
 from lumen.config import load_config
 from lumen.demo import MODELS, demo_folder
@@ -53,8 +52,7 @@ def find_source(path: str) -> Source:
     if (folder / "config.toml").is_file():
         return _run(folder)
     if (folder / CONFIG_FILE).is_file():
-        of_a_run = (folder.parent / "config.toml").is_file()  # which knows whether the base was in 4 bits
-        return _run(folder.parent) if of_a_run else _adapter(folder)
+        return _adapter(folder)
     if (folder / "config.json").is_file():
         return Source(name=folder.resolve().name, base=folder)
     found = "a folder without any of these" if folder.is_dir() else "nothing"
@@ -84,13 +82,12 @@ def _run(folder: Path) -> Source:
 
 
 def _adapter(folder: Path) -> Source:
-    config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-    base = locate(str(config.get("base_model_name_or_path") or ""))
-    if not (base / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE}: base_model_name_or_path is {str(base)!r}, where there is no model."
-        )
-    return Source(name=folder.resolve().name, base=base, adapter=folder)
+    if folder.name == "adapter" and (folder.parent / "config.toml").is_file():
+        return _run(folder.parent)  # which knows whether the base was in 4 bits
+    named = str(read_adapter_config(folder).get("base_model_name_or_path") or "")
+    if not named or not (locate(named) / "config.json").is_file():
+        raise CheckpointError(f"{folder / CONFIG_FILE}: base_model_name_or_path is {named!r}, where there is no model.")
+    return Source(name=folder.resolve().name, base=locate(named), adapter=folder)
 
 
 def _unfinished(folder: Path) -> str:

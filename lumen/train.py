@@ -17,10 +17,10 @@ import torch
 from torch.nn import Parameter
 
 from lumen.adapter import attach_lora, save_adapter
-from lumen.checkpoint import load_model, save_model
+from lumen.checkpoint import choose_dtype, load_model, save_model, stored_dtype
 from lumen.config import RunConfig, list_recipes, load_config, read_recipe, schema_json
 from lumen.data.packing import Packed
-from lumen.errors import CheckpointError, ConfigError, LumenError
+from lumen.errors import CheckpointError, ConfigError, DataError, LumenError
 from lumen.models.decoder import Decoder
 from lumen.objectives.base import Objective
 from lumen.objectives.sft import SFT, encode_records, mean_loss, read_splits
@@ -29,7 +29,7 @@ from lumen.report import Progress, write_loss_plot, write_report
 from lumen.run import Checkpoint, Run, StopSignal, random_state, restore_random_state
 from lumen.sampling import generate
 from lumen.source import locate
-from lumen.spec import load_family
+from lumen.spec import ModelSpec, load_family
 from lumen.text.chat_format import write_jinja
 from lumen.text.conversation import Conversation
 from lumen.text.tokenizer import Tokenizer, load_tokenizer
@@ -60,7 +60,7 @@ class Trainer:
         config, objective, model = self.config.train, self.objective, self.model
         schedule = {name: getattr(config, name) for name in ("lr", "schedule", "warmup_steps", "warmup_fraction")}
         batches = objective.batches(model)
-        if self.step == 0:
+        if self.step == 0 and not any(self.run.metrics()):
             self.evaluate(progress)
             self.sample(progress)
         while self.step < self.steps and not stop.requested:
@@ -70,8 +70,10 @@ class Trainer:
             total = torch.zeros((), device=model.device)
             for batch in micro:
                 loss = objective.loss(model, batch)
-                (loss.total / count).backward()
+                loss.total.backward()
                 total += loss.total.detach()
+            # divided after the backward pass: sums keep the small gradients of float16 above zero
+            torch._foreach_div_([p.grad for p in self.optimizer.parameters.values() if p.grad is not None], count)
             norm = clip_gradients(self.optimizer.parameters.values(), config.clip)
             self._refuse_divergence(total / count, norm, [source for batch in micro for source in batch.sources])
             lr = learning_rate(self.step, self.steps, **schedule)
@@ -95,14 +97,14 @@ class Trainer:
             self._at_step(progress)
 
     def _at_step(self, progress: Progress) -> None:
-        """What the configuration wants after this update, and in any case after the last."""
+        """What the configuration wants after this update, and in any case after the last; saving comes first."""
         config, last = self.config.train, self.step == self.steps
+        if last or _due(self.step, config.save_every):
+            self.save()
         if last or _due(self.step, config.eval_every):
             self.evaluate(progress)
         if last or _due(self.step, config.sample_every):
             self.sample(progress)
-        if _due(self.step, config.save_every) and not last:
-            self.save()
 
     def _refuse_divergence(self, loss: torch.Tensor, norm: torch.Tensor, sources: list[str]) -> None:
         """LumenError for a loss or gradient that is not finite, before the optimizer has moved anything."""
@@ -113,8 +115,7 @@ class Trainer:
         raise LumenError(
             f"Step {self.step + 1}: the loss is {loss.item()} and the gradient's norm {norm.item()}; nothing was "
             f"updated. The batch: {named}. Look at these records, else lower train.lr ({self.config.train.lr}) or "
-            "raise the warm-up. "
-            f"{self.run.folder} holds the run up to its last checkpoint."
+            "raise the warm-up. With a checkpoint (train.save_every), --resume continues from there."
         )
 
     def evaluate(self, progress: Progress) -> None:
@@ -122,6 +123,8 @@ class Trainer:
         if self.evaluation is None:
             return
         loss = mean_loss(self.model, self.evaluation, self.config.train.batch_size)
+        if not math.isfinite(loss):
+            raise LumenError(f"The evaluation loss after step {self.step} is {loss}: the model has diverged.")
         self.run.log({"step": self.step, "eval_loss": loss})
         progress.say(f"step {self.step}: evaluation loss {loss:.4f}")
 
@@ -148,12 +151,27 @@ class Trainer:
             "tokens": self.tokens,
             "seconds": time.monotonic() - self.began_s,
             "position": self.objective.position(),
+            "conditions": self.conditions(),
             "random": random_state(),
         }
         self.run.save_checkpoint(self.step, {"weights": weights, "optimizer": self.optimizer.state_tensors()}, state)
 
+    def conditions(self) -> dict[str, str]:
+        """What must be the same for a resumed run to be the run that was begun, beside its configuration."""
+        return {
+            "the encoded data": self.objective.packed.fingerprint,
+            "the device": self.model.device.type,
+            "the dtype": str(self.model.dtype),
+        }
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts weights, optimizer, counters and random states where `checkpoint` left them."""
+        for what, now in self.conditions().items():
+            if (before := checkpoint.state["conditions"][what]) != now:
+                raise CheckpointError(
+                    f"Checkpoint {checkpoint.step}: {what} was {before}, is {now}. The run cannot be continued "
+                    "exactly; restore what has changed, or start a new run by output.folder=…"
+                )
         for name, parameter in self.optimizer.parameters.items():
             saved = checkpoint.tensors["weights"].get(name)
             if saved is None or saved.shape != parameter.shape:
@@ -184,21 +202,27 @@ class Trainer:
 def prepare(config: RunConfig, run: Run, checkpoint: Checkpoint | None) -> Trainer:
     """The parts of a run: data encoded and packed, model loaded and made trainable, state as in `checkpoint` if given.
 
-    Everything that a user can have got wrong is found here, before the first step; the data first, since it is quick.
+    What can be wrong with data and model is found here, before the first step; the data first, since it is quick.
     """
     torch.manual_seed(config.train.seed)
-    folder = locate(config.model.path)
+    folder, full = locate(config.model.path), config.train.method == "full"
+    spec = load_family(folder)
+    if full:
+        stored_dtype(spec)  # found now, not when the result is to be saved
     tokenizer = load_tokenizer(folder)
     if config.data.chat_template:
-        tokenizer = tokenizer.with_chat_template(Path(config.data.chat_template).read_text("utf-8"))
+        tokenizer = tokenizer.with_chat_template(_read_template(config.data.chat_template))
     train, held_out = read_splits(config.data, config.train.seed)
-    page = load_family(folder).chat
-    if tokenizer.chat_template is None and page and any(isinstance(record, Conversation) for record in train):
-        tokenizer = tokenizer.with_chat_template(write_jinja(page))  # a base model learns its family's turns
+    if tokenizer.chat_template is None and spec.chat and any(isinstance(record, Conversation) for record in train):
+        tokenizer = tokenizer.with_chat_template(write_jinja(spec.chat))  # a base model learns its family's turns
     template = chat_template(tokenizer)
     packed = encode_records(train, config.data, tokenizer, template)
     evaluation = encode_records(held_out, config.data, tokenizer, template) if held_out else None
-    model = load_model(folder, dtype=config.model.dtype, nf4=config.model.nf4, device=config.model.device)
+    _refuse_unknown_ids([packed, evaluation], spec, folder)
+    # every weight that learns is an fp32 master, which the layers round to the compute dtype where they use it
+    stored = "float32" if full else config.model.dtype
+    model = load_model(folder, dtype=stored, nf4=config.model.nf4, device=config.model.device)
+    model.dtype = choose_dtype(config.model.dtype, model.device)
     model.recompute = config.train.recompute
     make_trainable(model, config)
     position = checkpoint.state["position"] if checkpoint else None
@@ -218,13 +242,29 @@ def prepare(config: RunConfig, run: Run, checkpoint: Checkpoint | None) -> Train
     return trainer
 
 
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.chat_template: {path} cannot be read as text: {error}.") from None
+
+
+def _refuse_unknown_ids(parts: list[Packed | None], spec: ModelSpec, folder: Path) -> None:
+    """DataError for a token without a row in the embedding: the tokenizer is not this model's."""
+    for example in (example for packed in parts if packed for row in packed.rows for example in row):
+        if (top := max(example.ids)) >= spec.vocab:
+            raise DataError(
+                f"{example.source}: holds the token {top}, but the model in {folder} has {spec.vocab} rows of "
+                "embedding. Is the tokenizer in its folder the model's own?"
+            )
+
+
 def make_trainable(model: Decoder, config: RunConfig) -> None:
-    """Attaches an adapter, or makes every weight an fp32 parameter that learns; in place."""
+    """Attaches an adapter, or lets every weight learn; in place."""
     if config.train.method == "lora":
         attach_lora(model, config.lora)
-        return
-    model.float()  # masters; the layers round them to the compute dtype where they use them
-    model.requires_grad_(True)
+    else:
+        model.requires_grad_(True)
 
 
 def make_optimizer(model: Decoder, config: RunConfig) -> AdamW:
@@ -243,10 +283,17 @@ def finetune(config: RunConfig, *, resume: bool = False) -> dict:
     checkpoint, skipped = run.latest_checkpoint() if resume else (None, [])
     for reason in skipped:
         print(f"Skipped a damaged checkpoint: {reason}", file=sys.stderr)
-    if resume:
-        run.rewind(checkpoint.step if checkpoint else -1)
+    if skipped and checkpoint is None:
+        raise CheckpointError(f"{run.folder}: no checkpoint is whole. Start anew in another output.folder.")
     with StopSignal() as stop:
-        trainer = prepare(config, run, checkpoint)
+        try:
+            trainer = prepare(config, run, checkpoint)
+        except BaseException:
+            if not resume:
+                run.discard()
+            raise
+        if resume:
+            run.rewind(trainer.step if checkpoint else -1)
         print(describe(trainer), file=sys.stderr)
         with Progress(trainer.steps) as progress:
             trainer.train(stop, progress)
@@ -291,6 +338,9 @@ def describe(trainer: Trainer) -> str:
     held = ", NF4 base" if config.model.nf4 else ""
     how = f"LoRA rank {config.lora.rank}" if config.train.method == "lora" else "every weight"
     cut = f" · {packed.truncated} cut to length, {packed.dropped} dropped" if packed.truncated or packed.dropped else ""
+    longest = max(sum(len(example.ids) for example in row) for row in packed.rows)
+    if longest > model.spec.context_length:
+        cut += f"\nwarning  rows of {longest:,} tokens; the model's context is {model.spec.context_length:,}"
     return (
         f"model    {config.model.path} · {model.spec.name}{held} · {model.dtype} on {model.device}\n"
         f"learns   {how}: {learned:,} parameters\n"
@@ -305,7 +355,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most that was held: allocated by PyTorch on a GPU, resident in the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _due(step: int, every: int) -> bool:
@@ -326,7 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="list the recipes and leave")
     parser.add_argument("--show", metavar="RECIPE", help="print a recipe and leave")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of a run file and leave")
-    asked = parser.parse_args(arguments)
+    asked = parser.parse_intermixed_args(arguments)
     try:
         if asked.list:
             print("\n".join(f"{name:16} {line}" for name, line in list_recipes().items()))

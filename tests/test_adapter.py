@@ -54,6 +54,7 @@ def test_peft_loads_what_lumen_saves_with_equal_logits(tmp_path, lora):
         {"r": 4, "lora_alpha": 8},
         {"r": 4, "lora_alpha": 8, "use_rslora": True},
         {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 3}},
+        {"r": 4, "lora_alpha": 8, "alpha_pattern": {r"layers\.0\.self_attn\.[qk]_proj": 64}},
     ],
 )
 def test_lumen_loads_what_peft_saves_with_equal_logits(tmp_path, settings):
@@ -94,6 +95,8 @@ def test_targets_are_roles_and_patterns_of_roles(tmp_path):
     assert set(attach_lora(model, Lora(targets=("mlp.*",)))) == {
         f"blocks.{i}.mlp.{part}" for i in (0, 1) for part in ("gate", "up", "down")
     }
+    with pytest.raises(ConfigError, match=r"lora\.rank wants at least 1, found 0"):
+        attach_lora(model, Lora(rank=0))
     with pytest.raises(ConfigError, match=r"lora.targets: 'attn.w' names no linear layer\. Did you mean 'attn\.v'"):
         attach_lora(model, Lora(targets=("attn.w",)))
 
@@ -116,6 +119,8 @@ def test_disabled_is_the_base_and_puts_the_adapter_back(tmp_path):
     [
         (lambda config, tensors: config.update(use_dora=True), "use_dora is True, which lumen does not read"),
         (lambda config, tensors: config.update(modules_to_save=["lm_head"]), "modules_to_save"),
+        (lambda config, tensors: config.update(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
+        (lambda config, tensors: config.update(alpha_pattern={"[": 3}), "'[' is no regular expression"),
         (lambda config, tensors: config.update(peft_type="LOHA"), "peft_type wants 'LORA', found 'LOHA'"),
         (lambda config, tensors: config.update(lora_alpha=None), "lora_alpha wants a number"),
         (lambda config, tensors: tensors.pop(next(iter(tensors))), "both A and B are wanted"),

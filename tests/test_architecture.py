@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "lumen"
 FLOORS = [  # from the ground up; a module imports from lower floors, or from its own folder
     ["errors"],
     ["schema"],
-    ["ops", "formats", "names", "config", "optim", "demo"],
+    ["ops", "formats", "names", "page", "config", "optim", "demo"],
     ["spec"],
     ["nn", "text"],
     ["data", "models"],
@@ -24,8 +24,8 @@ FLOORS = [  # from the ground up; a module imports from lower floors, or from it
 ]
 ORACLES = {"transformers", "peft", "trl", "bitsandbytes", "accelerate", "gguf", "datasets"}
 NEVERS = [  # (who, never imports)
-    ("ops", {"spec", "names"}),
-    ("formats", {"spec", "names"}),
+    ("ops", {"spec", "page", "names"}),
+    ("formats", {"spec", "page", "names"}),
     ("models", {"text", "data", "config"}),
     ("nn", {"text", "data", "config"}),
     ("export", {"objectives"}),

@@ -79,7 +79,7 @@ def test_nf4_packs_exactly_the_linear_layers_of_the_blocks(tmp_path):
     }  # fmt: skip
     for role, layer in linear_layers(packed).items():
         exact = linear_layers(dense)[role].weight
-        assert torch.equal(layer.base_weight(), dequantize_nf4(quantize_nf4(exact.data)).float())
+        assert torch.equal(dequantize_nf4(layer.nf4), dequantize_nf4(quantize_nf4(exact.data)))
 
 
 def test_a_model_with_nf4_layers_computes_with_their_dequantized_weights(tmp_path):
@@ -87,7 +87,7 @@ def test_a_model_with_nf4_layers_computes_with_their_dequantized_weights(tmp_pat
     packed = load_model(tmp_path, nf4=True)
     dense = load_model(tmp_path)
     for role, layer in linear_layers(dense).items():
-        layer.weight.data = linear_layers(packed)[role].base_weight()
+        layer.weight.data = dequantize_nf4(linear_layers(packed)[role].nf4)
     assert relative_error(packed(TOKENS, POSITIONS), dense(TOKENS, POSITIONS)) < 1e-6
 
 

@@ -57,11 +57,15 @@ def test_both_spellings_of_config_json_bind_to_the_same_spec(tmp_path):
     assert classic.config["torch_dtype"] == newer.config["torch_dtype"] == "bfloat16"
 
 
+def test_what_stands_beside_the_default_rope_type_does_not_count(tmp_path):
+    assert spec_of(tmp_path, rope_scaling={"rope_type": "default", "factor": 8.0}).rope.factor == 1.0
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"architectures": ["LlamaForCausalLN"]}, "Did you mean 'LlamaForCausalLM'"),
-        ({"architectures": None}, "Known: LlamaForCausalLM"),
+        ({"architectures": None}, "LlamaForCausalLM"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "found 'dynamic'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; family 'llama2' wants 'silu'"),
         ({"attention_bias": True}, "attention_bias is True"),
@@ -76,6 +80,7 @@ def test_both_spellings_of_config_json_bind_to_the_same_spec(tmp_path):
         ({"rope_scaling": LLAMA3_SCALING | {"low_freq_factor": 9.0}}, "low_freq_factor < high_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor >= 1"),
         ({"rope_scaling": "linear"}, "rope_scaling wants an object"),
+        ({"rope_parameters": ["linear"]}, "rope_parameters wants an object"),
     ],
 )
 def test_a_config_that_the_page_does_not_describe_is_refused_with_file_key_and_value(tmp_path, changes, words):

@@ -17,11 +17,12 @@ from lumen.checkpoint import load_model
 from lumen.config import Lora, load_config
 from lumen.data.batch import batches, stack
 from lumen.data.packing import pack
-from lumen.errors import CheckpointError, ConfigError, DataError, LumenError
+from lumen.errors import CheckpointError, ConfigError, DataError, LumenError, SpecError
 from lumen.objectives.sft import SFT, mean_loss, sft_loss
+from lumen.run import Run
 from lumen.source import find_source
 from lumen.text.conversation import Encoded
-from lumen.train import finetune, main
+from lumen.train import finetune, main, prepare
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -241,6 +242,80 @@ def test_data_in_which_nothing_is_learned_is_refused(base, tmp_path):
         finetune(config(base, path, tmp_path / "run"))
 
 
+def test_a_failed_start_leaves_the_folder_free_for_the_corrected_command(base, chats, tmp_path):
+    with pytest.raises(DataError):
+        finetune(config(base, tmp_path / "nothing.jsonl", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    assert finetune(config(base, chats, tmp_path / "run"))["status"] == "done"
+
+
+def test_changed_data_is_not_resumed_as_if_it_were_the_same(base, chats, tmp_path):
+    finetune(config(base, chats, tmp_path / "run"))
+    chats.write_text(chats.read_text().replace("say xx", "say yy"))
+    with pytest.raises(CheckpointError, match=r"the encoded data was .* is"):
+        finetune(config(base, chats, tmp_path / "run", "train.steps=8"), resume=True)
+    assert len(losses(tmp_path / "run")) == 6
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(base, chats, tmp_path):
+    finetune(config(base, chats, tmp_path / "run"))
+    with (tmp_path / "run/checkpoints/step-6/weights.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+        finetune(config(base, chats, tmp_path / "run"), resume=True)
+    assert len(losses(tmp_path / "run")) == 6
+
+
+def test_an_evaluation_that_diverges_says_so_and_loses_no_checkpoint(base, chats, tmp_path):
+    wild = ("train.steps=1", "train.lr=1e30", "train.warmup_fraction=0", "data.eval_fraction=0.25")
+    with pytest.raises(LumenError, match=r"evaluation loss after step 1 is .*diverged"):
+        finetune(config(base, chats, tmp_path / "run", *wild))
+    assert (tmp_path / "run/checkpoints/step-1/manifest.json").exists()
+
+
+def test_full_fine_tuning_in_bf16_learns_fp32_masters_of_the_files_values(base, chats, tmp_path):
+    told = config(base, chats, tmp_path / "run", "train.method=full", "model.dtype=bfloat16")
+    model = prepare(told, Run.create(tmp_path / "run", told), None).model
+    assert model.dtype == torch.bfloat16
+    stored = load_file(base / "model.safetensors")["model.norm.weight"]
+    assert model.norm.weight.dtype == torch.float32 and torch.equal(model.norm.weight, stored)
+
+
+def test_float16_gradients_do_not_vanish_in_the_division_by_the_token_count(base, chats, tmp_path):
+    finetune(config(base, chats, tmp_path / "half", "model.dtype=float16"))
+    finetune(config(base, chats, tmp_path / "full"))
+    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "full"), rel=2e-2)
+
+
+def copy_of(base, folder, **changes):
+    folder.mkdir()
+    for file in base.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | changes))
+    return folder
+
+
+def test_what_could_not_be_saved_is_refused_before_training(base, chats, tmp_path):
+    odd = copy_of(base, tmp_path / "base", dtype="float64")
+    with pytest.raises(SpecError, match="torch_dtype is 'float64'"):
+        finetune(config(odd, chats, tmp_path / "run", "train.method=full"))
+
+
+def test_a_token_without_a_row_in_the_embedding_is_refused(base, chats, tmp_path):
+    llama(tmp_path / "small", vocab_size=100)
+    odd = copy_of(base, tmp_path / "base", vocab_size=100)
+    (odd / "model.safetensors").write_bytes((tmp_path / "small/model.safetensors").read_bytes())
+    with pytest.raises(DataError, match=r"chats\.jsonl:\d+: holds the token \d+, but .* has 100 rows"):
+        finetune(config(odd, chats, tmp_path / "run"))
+
+
+def test_overrides_may_follow_flags(base, chats, tmp_path):
+    config(base, chats, tmp_path / "run")
+    assert main([str(tmp_path / "run.toml"), "--json", "train.steps=2"]) == 0
+    assert len(losses(tmp_path / "run")) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -250,6 +325,8 @@ def test_data_in_which_nothing_is_learned_is_refused(base, tmp_path):
         (["lora.targets=[\"attn.w\"]"], "names no linear layer"),
         (["model.path=/nowhere"], "/nowhere"),
         (["model.device=cuda"], "GPU"),
+        (["data.chat_template=/nowhere.jinja"], "data.chat_template: /nowhere.jinja cannot be read"),
+        (["output.folder=/dev/null/run"], "cannot be made"),
     ],
 )  # fmt: skip
 def test_the_command_line_says_what_is_wrong_and_exits_with_2_or_1(base, chats, tmp_path, arguments, words, capsys):
@@ -258,7 +335,7 @@ def test_the_command_line_says_what_is_wrong_and_exits_with_2_or_1(base, chats, 
     config(base, chats, tmp_path / "run")
     code = main([str(tmp_path / "run.toml"), *arguments])
     said = capsys.readouterr().err
-    assert code == (1 if "/nowhere" in arguments[0] else 2)
+    assert code == (1 if "model.path" in arguments[0] else 2)
     assert said.startswith("error: ") or "\nerror: " in said
     assert words in said and "Traceback" not in said
 

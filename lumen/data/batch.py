@@ -33,6 +33,7 @@ class Batch:
     target: Tensor  # the id to predict after this token; -100 does not count
     position: Tensor  # from 0 within each document
     document: Tensor  # from 0 within each row; -1 is padding
+    packed: bool = True  # whether a row may hold several documents; without, the causal rule keeps padding apart
     sources: tuple[str, ...] = ()  # of its documents, as 'train.jsonl:12'
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -63,7 +64,8 @@ def stack(rows: Sequence[Row]) -> Batch:
         ],
     }
     sources = tuple(example.source for row in rows for example in row)
-    return Batch(**{name: torch.tensor(values) for name, values in columns.items()}, sources=sources)
+    tensors = {name: torch.tensor(values) for name, values in columns.items()}
+    return Batch(**tensors, packed=any(len(row) > 1 for row in rows), sources=sources)
 
 
 def _padded(documents: Iterable[Iterable[int]], fill: int, width: int) -> list[int]:

@@ -5,10 +5,13 @@ Best-fit decreasing: the longest example first, each into the fullest row that s
 The same examples always give the same rows; only the order of the rows is shuffled, later, by `batch.RowStream`.
 """
 
+import hashlib
+from array import array
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from lumen.data.batch import Row
 from lumen.errors import DataError
@@ -36,6 +39,15 @@ class Packed:
     def counted(self) -> int:
         """Tokens that are learned; a document's first has nothing before it to be predicted from."""
         return sum(_counted(example) for row in self.rows for example in row)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all ids and of what is learned, in the order of the rows: equal data, equal text."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            for example in row:
+                digest.update(array("q", [len(example.ids), *example.ids]).tobytes() + bytes(example.learn))
+        return digest.hexdigest()
 
     @property
     def efficiency(self) -> float:

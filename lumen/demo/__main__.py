@@ -59,6 +59,8 @@ class Exam:
 
 def demonstrate(folder: Path) -> dict:
     """Runs the whole path into the new `folder`; returns what was measured and where everything is."""
+    if folder.exists():
+        raise ConfigError(f"{folder}: wanted a new folder, found one in use. Choose another by --folder.")
     began_s = time.monotonic()
     exam = Exam.read()
     say(f"1/4  The base model, asked {len(exam.orders)} orders that it will not be trained on")

@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 failed, 2 asked wrongly."""
     parser = argparse.ArgumentParser(
         prog="python -m lumen.export",
-        description="Export a run or a model; every file is read back and compared before the command ends.",
+        description="Export a run or a model; weights and GGUF files are read back and compared.",
         epilog="Example: python -m lumen.export runs/lumen-demo out --as gguf --quant f16,q8_0",
     )
     parser.add_argument("source", help="a run's folder, a model's folder, an adapter's folder, or lumen-demo")
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     except LumenError as error:
         say(f"error: {error}")
         return 2 if isinstance(error, ConfigError) else 1
-    say(f"done, read back and compared: {asked.out}")
+    say(f"done: {asked.out}")
     if asked.json:
         print(json.dumps({"out": str(asked.out), **written}))
     return 0

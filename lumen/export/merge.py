@@ -42,6 +42,8 @@ def merge(
     source = source if isinstance(source, Source) else find_source(str(source))
     spec, files = open_checkpoint(source.base)
     adapter = AdapterWeights.read(source.adapter, spec.names) if source.adapter else None
+    if adapter:
+        _refuse_strange_roles(adapter, spec, source)
     tokenizer = source.tokenizer()
     with files, replacing_folder(out) as folder:
         entries = [_entry(name, files, spec, adapter, base) for name in spec.tensors()]
@@ -81,6 +83,15 @@ def _cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
             "Did the training diverge, or is the base stored in float16?"
         )
     return cast
+
+
+def _refuse_strange_roles(adapter: AdapterWeights, spec: ModelSpec, source: Source) -> None:
+    """An adapter may name a module of the family that this model lacks, as the head of a tied one."""
+    layers = {name.role.rpartition(".")[0] for name in spec.tensors() if name.role.startswith("blocks.")}
+    if strange := sorted(adapter.pairs.keys() - layers):
+        raise CheckpointError(
+            f"{source.adapter}: the adapter changes {strange[0]!r}, which is no linear layer of a block."
+        )
 
 
 def _check_fits(role: str, adapter: AdapterWeights, name: TensorName) -> None:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lumen.nn.attention import Attention
+from lumen.nn.attention import Attention, Places
 from lumen.nn.cache import KVCache
 from lumen.nn.layers import MLP, Embedding, Norm
 from lumen.nn.linear import Linear
 from lumen.nn.rope import Rotation
+from lumen.ops.attention import attention_mask
 from lumen.spec import ModelSpec
 
 
@@ -30,8 +31,8 @@ class Block(nn.Module):
         self.mlp = MLP(spec)
         self.mlp_post_norm = Norm(spec, spec.dim) if around else nn.Identity()
 
-    def forward(self, x: Tensor, tables: dict, document: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.attn_post_norm(self.attn(self.attn_norm(x), tables, document, cache))
+    def forward(self, x: Tensor, places: dict[str, Places], cache: KVCache | None) -> Tensor:
+        x = x + self.attn_post_norm(self.attn(self.attn_norm(x), places, cache))
         return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
 
 
@@ -71,16 +72,24 @@ class Decoder(nn.Module):
         document           (B, T) int64, the document of each token in its row; −1 is padding; None means one a row
         cache              keys and values of the tokens before these; extended in place
         """
-        tables = self.rotation.tables(positions)
         if cache is not None:
             document = cache.extend(tokens.shape[1], document)  # (B, S)
+        places = self._places(positions, document, tokens.shape[1] if cache is None else cache.length)
         x = self.embed(tokens, self.dtype)
         for block in self.blocks:
             if self.recompute and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, tables, document, cache, use_reentrant=False)
+                x = checkpoint(block, x, places, cache, use_reentrant=False)
             else:
-                x = block(x, tables, document, cache)
+                x = block(x, places, cache)
         return self.norm(x)
+
+    def _places(self, positions: Tensor, document: Tensor | None, S: int) -> dict[str, Places]:
+        """What each kind of layer turns by and sees: made once, read by all its layers. S keys end with the queries."""
+        T, windows = positions.shape[1], {layer.kind: layer.window for layer in self.spec.layers}
+        return {
+            kind: (cos, sin, attention_mask(T, S, document, windows[kind], self.dtype, positions.device))
+            for kind, (cos, sin) in self.rotation.tables(positions).items()
+        }
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits (…, V) of hidden states (…, D), soft-capped where the family caps them."""

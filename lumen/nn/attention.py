@@ -9,6 +9,8 @@ from lumen.ops.attention import attention
 from lumen.ops.rotary import rotary
 from lumen.spec import ModelSpec
 
+Places = tuple[Tensor, Tensor, Tensor | None]  # for a kind of layer: cos, sin (B, T, E/2), attention mask
+
 
 class Attention(nn.Module):
     """Grouped-query attention of layer `index`; window, soft cap, biases and per-head norms as the spec says."""
@@ -26,16 +28,15 @@ class Attention(nn.Module):
         self.index = index
         self.head_dim = spec.head_dim
         self.kind = spec.layers[index].kind
-        self.options = {"scale": spec.scale, "window": spec.layers[index].window, "softcap": spec.softcap}
+        self.options = {"scale": spec.scale, "softcap": spec.softcap}
 
-    def forward(
-        self, x: Tensor, tables: dict[str, tuple[Tensor, Tensor]], document: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, places: dict[str, Places], cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         q = self.q_norm(self.q(x).view(B, T, -1, self.head_dim))  # (B, T, H, E)
         k = self.k_norm(self.k(x).view(B, T, -1, self.head_dim))  # (B, T, K, E)
         v = self.v(x).view(B, T, -1, self.head_dim)
-        q, k = rotary(q, *tables[self.kind]), rotary(k, *tables[self.kind])
+        cos, sin, mask = places[self.kind]
+        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.index, k, v)  # (B, S, K, E)
-        return self.o(attention(q, k, v, document=document, **self.options).reshape(B, T, -1))
+        return self.o(attention(q, k, v, mask=mask, **self.options).reshape(B, T, -1))

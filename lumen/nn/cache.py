@@ -17,13 +17,20 @@ class KVCache:
         shape = (len(spec.layers), rows, capacity, spec.kv_heads, spec.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.document = torch.zeros(rows, capacity, dtype=torch.int64, device=device)
+        self.document: Tensor | None = None  # (B, capacity), from the first step that has documents on
         self.length = 0
 
-    def extend(self, tokens: int, document: Tensor | None) -> Tensor:
-        """Makes room for `tokens` more; the documents (B, S) of all that is cached, the new ones included."""
+    def extend(self, tokens: int, document: Tensor | None) -> Tensor | None:
+        """Makes room for `tokens` more; the documents (B, S) of all that is cached, the new ones included.
+
+        None stands for document 0 everywhere, and is returned as long as nothing else was given.
+        """
         start, self.length = self.length, self.length + tokens
         assert self.length <= self.keys.shape[2], "the caller asks for a cache that is large enough"
+        if document is None and self.document is None:
+            return None
+        if self.document is None:
+            self.document = torch.zeros(self.keys.shape[1:3], dtype=torch.int64, device=self.keys.device)
         if document is not None:
             self.document[:, start : self.length] = document
         return self.document[:, : self.length]

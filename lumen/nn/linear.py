@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lumen.ops.lora import lora_update, lora_weight
-from lumen.ops.nf4 import NF4, dequantize_nf4, nf4_linear, quantize_nf4
+from lumen.ops.lora import lora_update
+from lumen.ops.nf4 import NF4, nf4_linear, quantize_nf4
 
 
 class LoraPair(nn.Module):
@@ -20,10 +20,6 @@ class LoraPair(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self.enabled = True
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         return lora_update(F.dropout(x, self.dropout, self.training), self.a, self.b, self.scale)
@@ -59,16 +55,3 @@ class Linear(nn.Module):
         if self.lora is not None and self.lora.enabled:
             y = y + self.lora(x)
         return y
-
-    def base_weight(self) -> Tensor:
-        """W (outputs, inputs) in fp32, dequantized where it is packed."""
-        return (self.weight.detach() if self.nf4 is None else dequantize_nf4(self.nf4)).float()
-
-    def merged_weight(self) -> Tensor:
-        """W + scale · B A in fp32."""
-        base = self.base_weight()
-        return (
-            base
-            if self.lora is None
-            else base + lora_weight(self.lora.a.detach(), self.lora.b.detach(), self.lora.scale)
-        )

@@ -16,7 +16,8 @@ from lumen.spec import ModelSpec, RopeSpec
 
 
 def _plain(rope: RopeSpec, head_dim: int) -> Tensor:
-    return rope.theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    # the reciprocal last: checkpoints were trained with frequencies rounded in this order
+    return 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
 
 
 def _linear(rope: RopeSpec, head_dim: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""What the loop asks of an objective: two methods, and the position in the data that a checkpoint keeps."""
+"""What the loop asks of an objective: where batches come from, what they cost, and where in the data it stands."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -16,7 +16,6 @@ class Loss:
 
     total: Tensor  # fp32 scalar with a gradient: the sum over counted tokens
     count: Tensor  # fp32 scalar: how many tokens counted
-    metrics: dict[str, Tensor] = field(default_factory=dict)  # further sums over the batch, reported divided by `count`
 
 
 class Objective(Protocol):
@@ -28,6 +27,10 @@ class Objective(Protocol):
 
     def position(self) -> dict[str, int]:
         """Where in the data the next batch begins, as JSON: what a checkpoint keeps."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the data."""
 
     def epochs_done(self) -> float:
         """Passes over the data so far, with the fraction of the present one."""

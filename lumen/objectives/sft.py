@@ -62,7 +62,7 @@ class SFT:
 
 def sft_loss(model: Decoder, batch: Batch) -> Loss:
     """Summed cross-entropy of `batch`; logits exist for one chunk of learned positions at a time."""
-    hidden = model(batch.tokens, batch.position, batch.document)  # (B, T, D)
+    hidden = model(batch.tokens, batch.position, batch.document if batch.packed else None)  # (B, T, D)
     total, count = linear_cross_entropy(
         hidden.flatten(0, 1), model.head_weight, batch.target.flatten(), model.spec.logits_softcap
     )

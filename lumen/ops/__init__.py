@@ -1,7 +1,7 @@
 """Pure functions on tensors: the equation, a reference that defines what is correct, faster ways that agree with it."""
 
 from lumen.ops._choose import explain, use
-from lumen.ops.attention import attention
+from lumen.ops.attention import attention, attention_mask
 from lumen.ops.gated import gated
 from lumen.ops.linear_loss import linear_cross_entropy
 from lumen.ops.lora import lora_update
@@ -12,6 +12,7 @@ from lumen.ops.rotary import rotary
 __all__ = [
     "NF4",
     "attention",
+    "attention_mask",
     "dequantize_nf4",
     "explain",
     "gated",

@@ -27,7 +27,7 @@ def use(implementation: str) -> Iterator[None]:
 
 
 def explain() -> dict[str, str]:
-    """Operation → "implementation: reason", for every operation that has run in this process."""
+    """Operation → "implementation: reason", for every operation with a choice that has run in this process."""
     return {op: f"{name}: {reason}" for op, (name, reason) in sorted(_last.items())}
 
 

@@ -1,10 +1,13 @@
-"""Causal attention over packed rows, with grouped heads: softmax(scale · q kᵀ, masked) v.
+"""Causal attention over packed rows, with grouped heads: softmax(scale · q kᵀ + mask) v.
 
 A query at index i sees a key at index j when j ≤ i, both belong to the same document, and, with a window w, i − j < w.
 Rows hold documents one after another, so index distance is position distance inside a document. With a cache the S keys
 end where the T queries end: query t has index S − T + t.
 
 Padding is a document of its own (−1): its rows are never read, and see one another so that no softmax is empty.
+
+What a query sees is the same in every layer of a kind, so the mask is made once a forward pass (`attention_mask`) and
+shared; where the causal rule alone decides, there is none.
 """
 
 import torch
@@ -14,59 +17,57 @@ from torch.nn import functional as F
 from lumen.ops._choose import choice
 
 
-def visible(T: int, S: int, document: Tensor | None, window: int, device: torch.device) -> Tensor:
-    """Which keys each query sees: bool (B, T, S), or (1, T, S) without documents. Arguments as in `attention`."""
+def attention_mask(
+    T: int, S: int, document: Tensor | None, window: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """What is added to the scores: 0 where a query sees a key, −inf elsewhere; (B or 1, 1, T, S) in `dtype`.
+
+    T, S      queries, and the keys that end with them
+    document  (B, S) int, the document of every key; None means one document a row
+    window    keys that a query sees, itself included; 0 = all
+
+    None where `attention` needs no mask: every query sees all keys up to its own.
+    """
+    if document is None and (not window or window >= S) and T in (1, S):
+        return None
     query = torch.arange(S - T, S, device=device).unsqueeze(1)
     key = torch.arange(S, device=device)
-    mask = key <= query
+    seen = key <= query
     if window:
-        mask &= query - key < window
-    mask = mask.unsqueeze(0)
+        seen &= query - key < window
+    seen = seen.unsqueeze(0)
     if document is not None:
-        mask = mask & (document[:, -T:].unsqueeze(2) == document.unsqueeze(1))
-    return mask
+        seen = seen & (document[:, -T:].unsqueeze(2) == document.unsqueeze(1))
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, float("-inf")).unsqueeze(1)
 
 
 def attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    document: Tensor | None = None,
-    window: int = 0,
-    softcap: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, softcap: float = 0.0
 ) -> Tensor:
-    """The definition: scores and softmax in fp32. Shapes as in `attention`."""
+    """The definition: scores and softmax in fp32. Arguments as in `attention`."""
     B, T, H, E = q.shape
     S, K = k.shape[1], k.shape[2]
     grouped = q.float().view(B, T, K, H // K, E)
     scores = torch.einsum("btkge,bske->bkgts", grouped, k.float()) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    hidden = ~visible(T, S, document, window, q.device)
-    scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
+    if mask is None and T > 1:
+        scores = scores + torch.full((T, S), float("-inf"), device=q.device).triu(1)
+    elif mask is not None:
+        scores = scores + mask.float().unsqueeze(1)  # (B, 1, 1, T, S)
     out = torch.einsum("bkgts,bske->btkge", scores.softmax(-1), v.float())
     return out.reshape(B, T, H, E).to(q.dtype)
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    document: Tensor | None = None,
-    window: int = 0,
-    softcap: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, softcap: float = 0.0
 ) -> Tensor:
     """Attention output (B, T, H, E) in q's dtype.
 
-    q         (B, T, H, E)
-    k, v      (B, S, K, E), S ≥ T, K divides H: query head h reads key head h // (H/K)
-    document  (B, S) int, the document of every key; None means one document a row
-    window    keys that a query sees, itself included; 0 = all
-    softcap   scores become softcap · tanh(scores / softcap); 0 leaves them
+    q        (B, T, H, E)
+    k, v     (B, S, K, E), S ≥ T, K divides H: query head h reads key head h // (H/K)
+    mask     from `attention_mask`; None with T = S is causal, with T = 1 sees every key
+    softcap  scores become softcap · tanh(scores / softcap); 0 leaves them
 
     Runs PyTorch's fused attention, but the reference where there is a soft cap, which PyTorch's lacks.
     """
@@ -74,17 +75,11 @@ def attention(
     if not softcap:
         available = {"torch": "PyTorch's fused attention is exact here", "reference": "the definition"}
     if choice("attention", available) == "reference":
-        return attention_reference(q, k, v, scale=scale, document=document, window=window, softcap=softcap)
-    return _torch_attention(q, k, v, scale, document, window)
-
-
-def _torch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, document: Tensor | None, window: int) -> Tensor:
-    T, H, S, K = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
-    causal = document is None and T == S and (not window or window >= S)
-    everything = document is None and T == 1 and (not window or window >= S)  # one new token sees all that is cached
-    mask = None if causal or everything else visible(T, S, document, window, q.device).unsqueeze(1)
-    if H != K:  # query heads of a group lie side by side; views of the key heads, copied only where the kernel must
-        k, v = k.repeat_interleave(H // K, dim=2), v.repeat_interleave(H // K, dim=2)
+        return attention_reference(q, k, v, scale=scale, mask=mask, softcap=softcap)
+    group = q.shape[2] // k.shape[2]
+    if group > 1:  # each key head is repeated for the query heads of its group, which lie side by side
+        k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    causal = mask is None and q.shape[1] > 1
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal, scale=scale
     )

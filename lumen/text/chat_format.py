@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from lumen.errors import DataError
-from lumen.spec import ChatPage
+from lumen.page import ChatPage
 from lumen.text.template import ChatTemplate
 
 Pair = tuple[str, str]  # what stands before and after the words of a turn

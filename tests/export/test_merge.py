@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from llama_cpp import LlamaCpp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import LLAMAS, llama, relative_error
 
 from lumen.adapter import attach_lora, save_adapter
@@ -17,6 +17,7 @@ from lumen.errors import CheckpointError, ConfigError, ExportError, LumenError
 from lumen.export.__main__ import main
 from lumen.export.merge import merge
 from lumen.nn.linear import Linear
+from lumen.ops.lora import lora_weight
 from lumen.sampling import generate
 from lumen.source import find_source
 
@@ -108,7 +109,8 @@ def test_a_bf16_base_is_summed_in_fp32_and_rounded_once(base, tmp_path):
     layers: dict[str, Linear] = linear_layers(model)
     for role, layer in layers.items():
         name = model.spec.names.by_role(role).checkpoint + ".weight"
-        assert torch.equal(merged[name], layer.merged_weight().to(torch.bfloat16))
+        wanted = layer.weight.float() + lora_weight(layer.lora.a.detach(), layer.lora.b.detach(), layer.lora.scale)
+        assert torch.equal(merged[name], wanted.to(torch.bfloat16))
 
 
 def test_an_adapter_of_another_model_and_a_result_that_overflows_are_refused(base, tmp_path):
@@ -168,6 +170,22 @@ def test_the_verb_merges_copies_adapters_and_refuses_what_is_wrong(base, tmp_pat
     assert main([str(base), str(tmp_path / "merged"), "--as", "merged"]) != 0  # it is in use
     (base / "model.safetensors").unlink()
     assert main([str(base), str(tmp_path / "a"), "--as", "merged"]) == 1
+
+
+def test_an_adapter_on_a_module_that_the_model_lacks_is_refused_and_not_dropped(base, tmp_path):
+    adapted(base, tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    head = {"base_model.model.lm_head.lora_A.weight": (4, 64), "base_model.model.lm_head.lora_B.weight": (512, 4)}
+    tensors |= {name: torch.ones(shape) for name, shape in head.items()}
+    save_file(tensors, tmp_path / "adapter/adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="changes 'head', which is no linear layer of a block"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_a_copy_of_a_runs_adapter_is_not_taken_for_the_run(base, tmp_path):
+    adapted(base, tmp_path / "adapter-v1")
+    (tmp_path / "config.toml").write_text("[model]\n")
+    assert find_source(str(tmp_path / "adapter-v1")).adapter == tmp_path / "adapter-v1"
 
 
 def test_a_source_says_what_it_lacks(tmp_path):
