@@ -20,20 +20,18 @@ from lumen.adapter import attach_lora, save_adapter
 from lumen.checkpoint import choose_dtype, load_model, save_model, stored_dtype
 from lumen.config import RunConfig, list_recipes, load_config, read_recipe, schema_json
 from lumen.data.packing import Packed
-from lumen.errors import CheckpointError, ConfigError, DataError, LumenError
+from lumen.errors import CheckpointError, ConfigError, LumenError
 from lumen.models.decoder import Decoder
 from lumen.objectives.base import Objective
-from lumen.objectives.sft import SFT, encode_records, mean_loss, read_splits
+from lumen.objectives.examples import load_examples
+from lumen.objectives.sft import SFT, mean_loss
 from lumen.optim import AdamW, clip_gradients, learning_rate
 from lumen.report import Progress, write_loss_plot, write_report
 from lumen.run import Checkpoint, Run, StopSignal, random_state, restore_random_state
 from lumen.sampling import generate
 from lumen.source import locate
-from lumen.spec import ModelSpec, load_family
-from lumen.text.chat_format import write_jinja
-from lumen.text.conversation import Conversation
-from lumen.text.tokenizer import Tokenizer, load_tokenizer
-from lumen.text.turns import chat_template, question_ids
+from lumen.text.tokenizer import Tokenizer
+from lumen.text.turns import question_ids
 
 
 @dataclass
@@ -205,58 +203,30 @@ def prepare(config: RunConfig, run: Run, checkpoint: Checkpoint | None) -> Train
     What can be wrong with data and model is found here, before the first step; the data first, since it is quick.
     """
     torch.manual_seed(config.train.seed)
-    folder, full = locate(config.model.path), config.train.method == "full"
-    spec = load_family(folder)
+    examples, full = load_examples(config), config.train.method == "full"
     if full:
-        stored_dtype(spec)  # found now, not when the result is to be saved
-    tokenizer = load_tokenizer(folder)
-    if config.data.chat_template:
-        tokenizer = tokenizer.with_chat_template(_read_template(config.data.chat_template))
-    train, held_out = read_splits(config.data, config.train.seed)
-    if tokenizer.chat_template is None and spec.chat and any(isinstance(record, Conversation) for record in train):
-        tokenizer = tokenizer.with_chat_template(write_jinja(spec.chat))  # a base model learns its family's turns
-    template = chat_template(tokenizer)
-    packed = encode_records(train, config.data, tokenizer, template)
-    evaluation = encode_records(held_out, config.data, tokenizer, template) if held_out else None
-    _refuse_unknown_ids([packed, evaluation], spec, folder)
+        stored_dtype(examples.spec)  # found now, not when the result is to be saved
     # every weight that learns is an fp32 master, which the layers round to the compute dtype where they use it
     stored = "float32" if full else config.model.dtype
-    model = load_model(folder, dtype=stored, nf4=config.model.nf4, device=config.model.device)
+    model = load_model(locate(config.model.path), dtype=stored, nf4=config.model.nf4, device=config.model.device)
     model.dtype = choose_dtype(config.model.dtype, model.device)
     model.recompute = config.train.recompute
     make_trainable(model, config)
     position = checkpoint.state["position"] if checkpoint else None
     split = {"batch_size": config.train.batch_size, "accumulate": config.train.accumulate}
-    objective = SFT(packed, **split, seed=config.train.seed, position=position)
+    objective = SFT(examples.train, **split, seed=config.train.seed, position=position)
     trainer = Trainer(
         run=run,
         model=model.train(),
-        tokenizer=tokenizer,
+        tokenizer=examples.tokenizer,
         objective=objective,
         optimizer=make_optimizer(model, config),
-        evaluation=evaluation,
+        evaluation=examples.held_out,
         steps=config.train.steps or math.ceil(config.train.epochs * objective.steps_per_epoch),
     )
     if checkpoint:
         trainer.restore(checkpoint)
     return trainer
-
-
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data.chat_template: {path} cannot be read as text: {error}.") from None
-
-
-def _refuse_unknown_ids(parts: list[Packed | None], spec: ModelSpec, folder: Path) -> None:
-    """DataError for a token without a row in the embedding: the tokenizer is not this model's."""
-    for example in (example for packed in parts if packed for row in packed.rows for example in row):
-        if (top := max(example.ids)) >= spec.vocab:
-            raise DataError(
-                f"{example.source}: holds the token {top}, but the model in {folder} has {spec.vocab} rows of "
-                "embedding. Is the tokenizer in its folder the model's own?"
-            )
 
 
 def make_trainable(model: Decoder, config: RunConfig) -> None:

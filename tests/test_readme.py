@@ -107,7 +107,7 @@ def test_the_demo_counts_what_the_readme_says(tmp_path, capsys):
 
 
 def test_every_verb_has_help():
-    for verb in ("train", "chat", "export", "demo"):
+    for verb in ("train", "inspect", "chat", "export", "demo"):
         command = [sys.executable, "-m", f"lumen.{verb}", "--help"]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
         assert done.returncode == 0 and "usage: python -m lumen." in done.stdout

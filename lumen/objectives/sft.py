@@ -7,24 +7,15 @@ split.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 
-from lumen.config import Data
 from lumen.data.batch import Batch, RowStream, batches
-from lumen.data.packing import Packed, pack
-from lumen.data.records import read_records
-from lumen.demo import DATA, demo_data
-from lumen.errors import DataError
+from lumen.data.packing import Packed
 from lumen.models.decoder import Decoder
 from lumen.objectives.base import Loss
 from lumen.ops.linear_loss import linear_cross_entropy
-from lumen.text.conversation import Conversation, PromptCompletion, Record
-from lumen.text.template import ChatTemplate
-from lumen.text.tokenizer import Tokenizer
-from lumen.text.turns import encode_conversation, encode_prompt_completion, encode_text
 
 
 class SFT:
@@ -80,48 +71,3 @@ def mean_loss(model: Decoder, packed: Packed, batch_size: int) -> float:
         total, count = total + loss.total.item(), count + loss.count.item()
     model.train(training)
     return total / count
-
-
-def encode_records(
-    records: Sequence[Record], data: Data, tokenizer: Tokenizer, template: ChatTemplate | None
-) -> Packed:
-    """Records become rows as `data` says.
-
-    DataError for a conversation without a chat template, for an example that is too long, and when nothing is learned.
-    """
-    encoded = []
-    for record in records:
-        if isinstance(record, Conversation):
-            if template is None:
-                raise DataError(
-                    f"{record.source}: a conversation wants a chat template, and this model brings none. "
-                    "Name a Jinja file as data.chat_template."
-                )
-            encoded.append(encode_conversation(record, tokenizer, template, train_on=data.train_on))
-        elif isinstance(record, PromptCompletion):
-            encoded.append(encode_prompt_completion(record, tokenizer))
-        else:
-            encoded.append(encode_text(record, tokenizer))
-    return pack(encoded, data.max_length, packing=data.packing, too_long=data.too_long)
-
-
-def read_splits(data: Data, seed: int) -> tuple[list[Record], list[Record]]:
-    """The records to train on and those to evaluate on: two sets of files, or one with a share held out."""
-    train = [record for path in data.train for record in read_records(_locate(path), data.format)]
-    if data.eval:
-        return train, read_records(_locate(data.eval), data.format)
-    held_out = round(len(train) * data.eval_fraction)
-    if data.eval_fraction and not 0 < held_out < len(train):
-        raise DataError(
-            f"data.eval_fraction={data.eval_fraction} of {len(train)} records holds out {held_out}. Both parts want "
-            "at least one."
-        )
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = set(order[:held_out])
-    kept = [record for index, record in enumerate(train) if index not in chosen]
-    return kept, [train[index] for index in sorted(chosen)]
-
-
-def _locate(path: str) -> Path:
-    """A packaged data set by its name, else the file that `path` names."""
-    return demo_data(path) if path in DATA else Path(path)
