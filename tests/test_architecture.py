@@ -14,7 +14,7 @@ FLOORS = [  # from the ground up; a module imports from lower floors, or from it
     ["schema"],
     ["ops", "formats", "names", "page", "config", "optim", "demo"],
     ["spec"],
-    ["nn", "text"],
+    ["nn", "text", "describe"],
     ["data", "models"],
     ["checkpoint"],
     ["adapter", "sampling", "run"],

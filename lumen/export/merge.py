@@ -1,8 +1,17 @@
 """An adapter goes into its base: W + scale · B A, tensor by tensor, written as a folder that any loader reads.
 
 The sum is taken in fp32 and rounded once, to the dtype that the base is stored in. The base is by default the original
-weights. An adapter that was trained beside their NF4 image has learned to make up for its rounding; `base="nf4"` adds
-it to that image instead, so that the merged model is, to rounding, the one that was trained.
+weights. An adapter that was trained beside their NF4 image has also learned to make up for its rounding; `base="nf4"`
+adds it to that image instead, so that the merged model is, to rounding, the one that was trained. Evaluation loss in
+nats a token, measured 2026-11-22 (rank 16, all linear layers):
+
+                                            adapter beside NF4    merged into NF4    merged into the original
+    stories260K, half an epoch of
+    tinyshakespeare                         2.8417                2.8417             2.9231
+    the embedded demo                       0.00147               0.00147            0.00116
+
+Decision: original is the default · because rounding hurts less the larger a model is, and the result is then free of it ·
+revisit when both have been measured on a model of a billion parameters.
 """
 
 import json
