@@ -120,6 +120,8 @@ class Chat:
                     self.command(command, rest.strip())
                 elif line:
                     self.ask(line)
+            except BrokenPipeError:  # nobody listens any more
+                raise
             except (LumenError, OSError) as error:  # a refused message or file is no reason to end the conversation
                 _note(f"error: {error}")
 
@@ -183,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if asked.json and asked.prompt is None:
             raise ConfigError("--json wants one question, as --prompt TEXT.")
-        check_options(*(value for name, value in options.items() if name != "seed"))
+        check_options(**options)
         speaker = load_speaker(asked.model, options)
         if speaker.template is None:
             _note(f"{asked.model} has no chat template: it continues the text as it stands.")

@@ -89,7 +89,7 @@ class Train:
     beta2: Fraction = 0.999  # AdamW, memory of its square
     eps: Positive = 1e-8  # AdamW
     clip: NotNegative = 1.0  # highest norm of the gradient; 0 = no limit
-    seed: CountOrOff = 0  # of shuffling, dropout and the adapter's first values
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0  # of shuffling, dropout and the adapter's first values
     recompute: bool = False  # compute activations again in the backward pass instead of keeping them
     eval_every: CountOrOff = 0  # steps between evaluations; 0 = at the end only
     save_every: CountOrOff = 0  # steps between checkpoints; 0 = at the end only

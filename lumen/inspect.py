@@ -80,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=1, help="rows to show (default 1)")
     parser.add_argument("--json", action="store_true", help="print the figures and rows as one JSON object on stdout")
     asked = parser.parse_intermixed_args(arguments)
+    if asked.rows < 0:
+        parser.error(f"--rows wants 0 or more, found {asked.rows}")
     try:
         examples = load_examples(load_config(asked.source, asked.overrides))
     except LumenError as error:

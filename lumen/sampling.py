@@ -59,7 +59,7 @@ def generate(
     Changes nothing in the model, whose dropout is off meanwhile. ConfigError for a prompt that is empty, that fills the
     model's context or that holds an id the model does not have, and for an option outside its range.
     """
-    check_options(max_tokens, temperature, top_k, top_p, min_p)
+    check_options(max_tokens, temperature, top_k, top_p, min_p, seed)
     if not prompts:
         return []
     room = [min(max_tokens, _room(model, number, prompt)) for number, prompt in enumerate(prompts, 1)]
@@ -90,7 +90,7 @@ def generate(
     return [Generation(ids=ids, finish=how) for ids, how in zip(answers, finish, strict=True)]
 
 
-def check_options(max_tokens: int, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+def check_options(max_tokens: int, temperature: float, top_k: int, top_p: float, min_p: float, seed: int) -> None:
     """ConfigError for an option of `generate` outside its range; before a large model is loaded, say."""
     ranges = [
         ("max_tokens", max_tokens, max_tokens >= 1, "at least 1"),
@@ -98,6 +98,7 @@ def check_options(max_tokens: int, temperature: float, top_k: int, top_p: float,
         ("top_k", top_k, top_k >= 0, "0 or more"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
         ("min_p", min_p, 0 <= min_p <= 1, "between 0 and 1"),
+        ("seed", seed, 0 <= seed < 2**63, "0 or more and below 2^63"),
     ]
     for name, value, holds, wanted in ranges:
         if not holds:

@@ -60,8 +60,9 @@ def pack(encoded: Sequence[Encoded], length: int, *, packing: bool = True, too_l
 
     packing   False: one example a row, in the order given
     too_long  what happens to an example longer than `length`: "error", "drop", "truncate" (its end is cut off, and if
-              nothing that is learned is left, it is dropped) or "split" (into pieces of `length`, for long documents;
-              a piece does not see the one before)
+              nothing that is learned is left, it is dropped) or "split" (for long documents, into pieces of `length`
+              that begin with the last token of the one before, so that every token is predicted once; a piece sees
+              nothing else of the others)
 
     DataError for no examples, for one that is too long under "error", and if no token at all is learned.
     """
@@ -92,7 +93,7 @@ def _shortened(encoded: Sequence[Encoded], length: int, too_long: str) -> tuple[
                 f"{example.source or f'example {number} of {len(encoded)}'}: {len(example.ids)} tokens, but "
                 f"data.max_length is {length}. Raise it, or set data.too_long to 'split', 'truncate' or 'drop'."
             )
-        starts = {"drop": [], "truncate": [0], "split": range(0, len(example.ids), length)}[too_long]
+        starts = {"drop": [], "truncate": [0], "split": range(0, len(example.ids) - 1, length - 1)}[too_long]
         pieces = [_piece(example, start, length) for start in starts]
         learned = [piece for piece in pieces if _counted(piece)]
         fitting += learned

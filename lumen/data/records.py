@@ -93,7 +93,11 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
 def _csv_rows(path: Path) -> Iterator[tuple[str, object]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
+        limit = csv.field_size_limit(2**31 - 1)  # a document may be longer than Python's 131,072 characters
         try:
+            names = reader.fieldnames or []
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise DataError(f"{path}:1: the header names the column {twice[0]!r} twice.")
             for row in reader:
                 source = f"{path.name}:{reader.line_num}"
                 if None in row or None in row.values():
@@ -101,6 +105,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, object]]:
                 yield source, row
         except csv.Error as wrong:
             raise DataError(f"{path}:{reader.line_num}: {wrong}.") from None
+        finally:
+            csv.field_size_limit(limit)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -140,6 +146,8 @@ def _parsed(text: str, where: str) -> object:
     except json.JSONDecodeError as wrong:
         place = f"line {wrong.lineno} " if wrong.lineno > 1 else ""
         raise DataError(f"{where}: wanted JSON, but at {place}column {wrong.colno}: {wrong.msg}.") from None
+    except (ValueError, RecursionError) as wrong:  # a number of thousands of digits, lists nested as deep
+        raise DataError(f"{where}: wanted JSON that can be read: {wrong}.") from None
 
 
 # --- one row ---------------------------------------------------------------------------------------------------------
@@ -178,6 +186,10 @@ def _pair(row: dict, asked: str, answered: str, source: str, format: str) -> Rec
         prompt += "\n\n" + _words(row, "input", source)
     if format == "chat" or (format == "auto" and asked == "instruction"):
         return _conversation((Turn("user", prompt), Turn("assistant", completion)), row, source)
+    if row.get("system"):
+        raise DataError(
+            f"{source}: 'system' belongs to a conversation. Set data.format to 'chat', or put it into the {asked}."
+        )
     return PromptCompletion(prompt + "\n\n" if asked == "instruction" else prompt, completion, source)
 
 
@@ -229,12 +241,14 @@ def _turn(item: object, where: str) -> Turn:
     if role not in ROLES:
         hint = closest(role, ROLES) if isinstance(role, str) else ""
         raise DataError(f"{where}: wanted a role of {', '.join(ROLES)}; found {role!r}.{hint}")
-    more = {key: item[key] for key in item.keys() - {"role", "content", "weight"} if item[key] is not None}
-    return _checked(Turn(role, item.get("content"), item.get("weight", 1), more), "weight" in item, where)
+    # in the order of the row, which a template may show; None is what Parquet has for a key that only other turns have
+    more = {key: item[key] for key in item if key not in ("role", "content", "weight") and item[key] is not None}
+    weight = item.get("weight")
+    return _checked(Turn(role, item.get("content"), 1 if weight is None else weight, more), weight is not None, where)
 
 
 def _sharegpt_turn(item: dict, where: str) -> Turn:
-    role = SHAREGPT_ROLES.get(item["from"])
+    role = SHAREGPT_ROLES.get(item["from"]) if isinstance(item["from"], str) else None
     if role is None:
         hint = closest(str(item["from"]), SHAREGPT_ROLES)
         raise DataError(f"{where}: wanted 'from' of {', '.join(SHAREGPT_ROLES)}; found {item['from']!r}.{hint}")
@@ -252,6 +266,11 @@ def _checked(turn: Turn, weighted: bool, where: str) -> Turn:
     calls = turn.more.get("tool_calls")
     if not isinstance(turn.content, str | list) and not (turn.content is None and calls):
         raise DataError(f"{where}: wanted content as text or a list of parts, found {_kind(turn.content)}.")
+    for key, value in (("tool_calls", calls), ("content", None if isinstance(turn.content, str) else turn.content)):
+        if value is not None and not (isinstance(value, list) and all(isinstance(part, dict) for part in value)):
+            raise DataError(f"{where}: {key!r} wants a list of objects, found {_kind(value)}.")
+    if not all(isinstance(call.get("function", call), dict) for call in calls or ()):
+        raise DataError(f"{where}: the 'function' of a tool call wants an object.")
     if weighted and (turn.role != "assistant" or turn.weight not in (0, 1)):
         found = f"{turn.weight!r} for {turn.role!r}"
         raise DataError(f"{where}: a weight is 0 or 1 and belongs to the assistant; found {found}.")

@@ -2,28 +2,36 @@
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from lumen.errors import ConfigError, LumenError, closest
+from lumen.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterWeights
+from lumen.errors import CheckpointError, ConfigError, LumenError, closest
 from lumen.export.gguf import FILE_TYPES, GGUFReport, write_gguf
 from lumen.export.merge import BASES, merge
 from lumen.export.modelfile import write_modelfile
-from lumen.formats.atomic import replacing_folder, write_text
+from lumen.formats.atomic import replacing_folder, write_bytes, write_text
 from lumen.source import Source, find_source
+from lumen.spec import load_family
+from lumen.text.tokenizer import FILES
 
 DEFAULT_QUANT = "q8_0"
 
 
 def export_adapter(source: Source, out: Path, asked: argparse.Namespace) -> dict:
-    """Copies the adapter, in PEFT's layout, with the tokenizer it was trained with."""
+    """Copies the adapter in PEFT's layout, and its tokenizer where it has one; nothing else that lies in its folder."""
     if source.adapter is None:
         raise ConfigError(f"{source.name} has no adapter: it is a whole model. Export it --as merged or gguf.")
+    AdapterWeights.read(source.adapter, load_family(source.base).names)  # what is damaged is not passed on
     with replacing_folder(out) as folder:
-        shutil.copytree(source.adapter, folder, dirs_exist_ok=True)
+        for name in (CONFIG_FILE, WEIGHTS_FILE, *FILES):
+            file = source.adapter / name
+            if file.is_symlink():
+                raise CheckpointError(f"{file} is a link, which is not followed. Put the file itself there.")
+            if file.is_file():
+                write_bytes(folder / name, file.read_bytes())
     return {"adapter": str(out)}
 
 

@@ -7,11 +7,11 @@ nats a token, measured 2026-11-22 (rank 16, all linear layers):
 
                                             adapter beside NF4    merged into NF4    merged into the original
     stories260K, half an epoch of
-    tinyshakespeare                         2.8417                2.8417             2.9231
+    tinyshakespeare                         2.8541                2.8541             2.9410
     the embedded demo                       0.00147               0.00147            0.00116
 
-Decision: original is the default · because rounding hurts less the larger a model is, and the result is then free of it ·
-revisit when both have been measured on a model of a billion parameters.
+Decision: original is the default · because rounding hurts less the larger a model is, and the result is then free of
+it · revisit when both have been measured on a model of a billion parameters.
 """
 
 import json

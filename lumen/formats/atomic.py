@@ -47,7 +47,9 @@ def replacing_folder(path: Path | str) -> Iterator[Path]:
     `path` may not exist yet, or be an empty folder; anything else is refused with a ConfigError. On an error in the
     block the temporary folder is removed with all that is in it; errors are those of `replacing`.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))  # so that "." has a name; links are not resolved, but refused
+    if os.path.ismount(path):
+        raise ConfigError(f"{path}: is a mount point, which no rename can replace. Name a new folder inside it.")
     if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ConfigError(f"{path}: a new or empty folder was wanted, found one in use. Name another, or move it away.")
     temporary = _beside(path)

@@ -142,6 +142,9 @@ class _Child:
                 reply = process.stdout.readline()
             except BrokenPipeError:
                 reply = ""
+            except BaseException:
+                self._stop()  # its reply would be taken for the next request's
+                raise
             finally:
                 late.cancel()
             if reply:
@@ -155,7 +158,8 @@ class _Child:
         program = Path(__file__).with_name("sandbox.py")
         command = [sys.executable, "-P", str(program)]  # -P: the folder of this file is not a place to import from
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(command, text=True, encoding="ascii", **pipes)
+        # a session of its own: Ctrl-C is the parent's to handle
+        self._process = subprocess.Popen(command, text=True, encoding="ascii", start_new_session=True, **pipes)
         if not self._process.stdout.readline():
             self._stop()
             raise DataError(f"Chat templates need jinja2, and {sys.executable} cannot run {program}.")
@@ -163,7 +167,7 @@ class _Child:
 
     def _stop(self) -> None:
         process, self._process = self._process, None
-        if process:
+        if process and self._owner == os.getpid():  # a fork's copy is not its own to end
             process.kill()
             process.communicate()
 

@@ -338,5 +338,8 @@ def _tokenize(text: str, tokenizer: Tokenizer, cuts: Sequence[int]) -> tuple[lis
 
 def _bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     """What must still come before `ids`: BOS, where the tokenizer wants it and no template wrote it already."""
-    special = next((id for id in ids if id in tokenizer.special_ids), None)
-    return [tokenizer.bos_id] if tokenizer.add_bos and special != tokenizer.bos_id else []
+    if not tokenizer.add_bos:
+        return []
+    at = ids.index(tokenizer.bos_id) if tokenizer.bos_id in ids else None
+    opens = at is not None and not tokenizer.decode(ids[:at]).strip()  # some templates write a line feed before it
+    return [] if opens else [tokenizer.bos_id]

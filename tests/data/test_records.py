@@ -85,7 +85,10 @@ def test_an_instruction_is_said_to_the_assistant(tmp_path):
         Turn("user", "Add.\n\n2 and 2"),
         Turn("assistant", "4"),
     )
-    assert only(tmp_path, row, "prompt-completion") == PromptCompletion("Add.\n\n2 and 2\n\n", "4", "data.jsonl:1")
+    plain = {key: value for key, value in row.items() if key != "system"}
+    assert only(tmp_path, plain, "prompt-completion") == PromptCompletion("Add.\n\n2 and 2\n\n", "4", "data.jsonl:1")
+    with pytest.raises(DataError, match="'system' belongs to a conversation"):
+        only(tmp_path, row, "prompt-completion")
     assert only(tmp_path, {**row, "input": "", "system": ""}).turns[0] == Turn("user", "Add.")
 
 
@@ -233,3 +236,50 @@ def test_a_file_that_is_damaged_or_empty_is_refused_with_the_place(tmp_path, nam
 def test_a_file_that_is_not_there_is_refused_by_its_path(tmp_path):
     with pytest.raises(DataError, match=r"missing\.jsonl: there is no such file"):
         read_records(tmp_path / "missing.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"conversations": [{"from": ["x"], "value": "a"}]}', "wanted 'from' of"),
+        ("[" * 200_000, "wanted JSON that can be read"),
+        ('{"text": ' + "9" * 5000 + "}", "wanted JSON that can be read"),
+        ('{"messages": [{"role": "assistant", "content": "a", "tool_calls": "foo"}]}', "'tool_calls' wants a list"),
+        ('{"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": 3}]}]}', "wants an object"),
+        ('{"messages": [{"role": "user", "content": ["a"]}]}', "'content' wants a list of objects"),
+    ],
+)
+def test_what_only_looks_like_a_row_is_refused_with_its_line(tmp_path, line, words):
+    path = tmp_path / "data.jsonl"
+    path.write_text(line)
+    with pytest.raises(DataError) as refused:
+        read_records(path)
+    assert "data.jsonl:1" in str(refused.value) and words in str(refused.value)
+
+
+def test_a_weight_that_other_turns_have_is_not_missed_in_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    weights = [("user", None), ("assistant", 0), ("user", None), ("assistant", 1)]
+    messages = [{"role": role, "content": "a", "weight": weight} for role, weight in weights]
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), tmp_path / "data.parquet")
+    [record] = read_records(tmp_path / "data.parquet")
+    assert [turn.weight for turn in record.turns] == [1, 0, 1, 1]
+
+
+def test_further_keys_of_a_message_keep_their_order(tmp_path):
+    row = {
+        "messages": [{"z": 1, "role": "user", "a": 2, "content": "hi", "m": 3}, {"role": "assistant", "content": "b"}]
+    }
+    assert list(only(tmp_path, row).turns[0].more) == ["z", "a", "m"]
+
+
+def test_a_csv_header_that_names_a_column_twice_is_refused_and_long_cells_are_read(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("prompt,prompt,completion\na,b,c\n")
+    with pytest.raises(DataError, match="names the column 'prompt' twice"):
+        read_records(path)
+    path.write_text("text\n" + "x" * 200_000 + "\n")
+    [record] = read_records(path)
+    assert len(record.text) == 200_000

@@ -191,3 +191,26 @@ def test_a_copy_of_a_runs_adapter_is_not_taken_for_the_run(base, tmp_path):
 def test_a_source_says_what_it_lacks(tmp_path):
     with pytest.raises(LumenError, match=r"config\.toml.*adapter_config\.json.*config\.json"):
         find_source(str(tmp_path))
+
+
+def test_exporting_an_adapter_copies_its_own_files_alone_and_none_that_is_damaged_or_a_link(base, tmp_path, capsys):
+    adapted(base, tmp_path / "adapter")
+    (tmp_path / "adapter/notes.txt").write_text("private")
+    assert main([str(tmp_path / "adapter"), str(tmp_path / "copy"), "--as", "adapter"]) == 0
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip
+    (tmp_path / "adapter/tokenizer.json").symlink_to(tmp_path / "adapter/notes.txt")
+    assert main([str(tmp_path / "adapter"), str(tmp_path / "linked"), "--as", "adapter"]) == 1
+    assert "is a link" in capsys.readouterr().err and not (tmp_path / "linked").exists()
+
+
+def test_the_working_directory_and_a_mount_point_are_named_or_refused_before_the_work(
+    base, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert main([str(base), ".", "--as", "merged"]) == 0
+    assert (tmp_path / "empty/model.safetensors").exists()
+    assert main([str(base), "/proc", "--as", "merged"]) == 2
+    assert "is a mount point" in capsys.readouterr().err

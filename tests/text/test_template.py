@@ -2,6 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import threading
 import time
 from datetime import datetime
 
@@ -226,3 +230,22 @@ def test_continue_final_message_is_refused_where_it_cannot_be_kept():
         render("x", continue_final_message=True, add_generation_prompt=True)
     with pytest.raises(DataError, match="last message with text"):
         render("x", [{"role": "user", "content": [{"type": "image"}]}], continue_final_message=True)
+
+
+def test_an_interrupted_rendering_is_not_the_next_ones_reply():
+    slow = ChatTemplate("{% for i in range(90000) %}{% for j in range(60) %}{% endfor %}{% endfor %}slow")
+    timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        slow.render([])
+    assert ChatTemplate("two").render([]) == "two"
+
+
+def test_a_forked_copy_ends_without_the_renderer_of_its_parent():
+    ChatTemplate("one").render([])
+    code = (
+        "import os, sys\nfrom lumen.text.template import ChatTemplate\nChatTemplate('one').render([])\n"
+        "if os.fork() == 0: sys.exit(0)\nos.wait()\nprint(ChatTemplate('two').render([]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "two\n", done.stderr

@@ -504,3 +504,10 @@ def test_the_template_made_from_the_llama_3_page_writes_what_metas_own_does(shar
     assert ours.render(messages, add_generation_prompt=True) == wanted
     with pytest.raises(DataError, match="no turn for the role tool"):
         ours.render([{"role": "tool", "content": "42"}])
+
+
+def test_a_text_that_mentions_the_bos_token_still_begins_with_one(shared_data):
+    tokenizer = load_tokenizer(shared_data / "models/stories260K")
+    ids = encode_text(Text("It cost <s>20</s> dollars."), tokenizer).ids
+    assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 2
+    assert encode_text(Text("<s>It cost 20 dollars."), tokenizer).ids.count(tokenizer.bos_id) == 1
