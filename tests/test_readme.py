@@ -73,15 +73,14 @@ def test_llama_cpp_gives_the_same_greedy_answers(folder, answers, quant):
         assert answer[-1] in llama_ends and llama.generate(prompt, 64) == answer[:-1]  # it stops where we do
 
 
-def test_llama_cpps_tokenizer_gives_the_demos_ids(folder):
+def test_llama_cpps_tokenizer_gives_the_demos_ids_on_its_chats_and_on_all_golden_texts(folder, shared_data):
     llama = LlamaCpp(folder / "exported/lumen-demo-q8_0.gguf", vocab_only=True)
     tokenizer = load_tokenizer(folder / "runs/lumen-demo/adapter")
     exam = Exam.read()
-    for text in [
-        *exam.orders,
-        *exam.wanted,
-        "<|start_header_id|>user<|end_header_id|>\n\nCafé  №5 – 12345 naïve\n\n\t ok",
-    ]:
+    lines = (shared_data / "tokenizers/goldens.jsonl").read_text("utf-8").splitlines()
+    golden = [json.loads(line)["text"] for line in lines]
+    assert len(golden) == 106
+    for text in [*exam.orders, *exam.wanted, *golden, "<|start_header_id|>user<|end_header_id|>\n\nCafé  №5\t ok"]:
         assert llama.tokenize(text, add_special=False, parse_special=True) == tokenizer.encode(text)
     assert all(llama.is_eog(id) for id in tokenizer.stop_ids)
 
