@@ -60,7 +60,12 @@ def write_byte_level_tokenizer(folder: Path) -> None:
 
 
 def make_model(folder: Path, **changes) -> transformers.LlamaForCausalLM:
-    """A random model with a tokenizer; its weights are narrower than drawn, so that rounding stays rounding."""
+    """A random model with a tokenizer; its weights are two thirds as wide as `llama` draws them.
+
+    The formats' own rounding, byte-equal to ggml's, grows with the width. As drawn (logits of standard deviation 1.3)
+    it is over the bars of f16 and q8_0: 1.5e-2 against 1e-2, and a KL of 1.8e-3 against 1e-3 at worst; so narrowed it
+    is 5.1e-3 and 3.0e-4. Pretrained weights, as they are, have a test of their own below.
+    """
     model = llama(folder, vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, **changes)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -121,6 +126,24 @@ def test_rounded_weights_say_nearly_the_same(exported, quant):
     write_gguf(folder, folder / f"{quant}.gguf", quant)
     ids = some_ids()
     assert divergence(logits_in_llama_cpp(folder / f"{quant}.gguf", ids), logits_of(model, ids)) <= 1e-3
+
+
+def test_pretrained_weights_as_they_are_say_nearly_the_same(stories, tmp_path):
+    """Their logits have a standard deviation of 9: f16 differs by 1.5e-2 at most, over the 1e-2 of the random models.
+
+    That is the format's rounding: in torch, the weights alone rounded to f16 give 1.1e-2, with the inputs of the linear
+    layers, which llama.cpp rounds too, 1.3e-2.
+    """
+    ids = json.loads((stories / "golden_greedy.json").read_text())["ids"][:TOKENS]
+    model = transformers.LlamaForCausalLM.from_pretrained(stories, dtype=torch.float32).eval()
+    wanted, found = logits_of(model, ids), {}
+    for quant in ("f32", "f16", "q8_0"):
+        write_gguf(stories, tmp_path / f"{quant}.gguf", quant)
+        found[quant] = logits_in_llama_cpp(tmp_path / f"{quant}.gguf", ids)
+    assert (found["f32"] - wanted).abs().max() <= 1e-4
+    assert (found["f16"] - wanted).abs().max() <= 2e-2
+    assert divergence(found["f16"], wanted) <= 1e-5
+    assert divergence(found["q8_0"], wanted) <= 1e-3
 
 
 def rewrite(
@@ -348,19 +371,21 @@ def _tokenizer_folder(shared_data: Path, folder: Path, name: str) -> None:
         shutil.copy(source, folder / "tokenizer.model")
 
 
-TOKENIZERS = {  # name → whether llama.cpp promises our ids for a text; where it does not, the export says so
-    "stories260K": lambda text: "  " not in text and text == text.strip(" "),  # the tokenizer drops such blanks
-    "stories260K (SentencePiece)": lambda text: "  " not in text and text == text.strip(" "),
-    "qwen2": lambda text: unicodedata.is_normalized("NFC", text),  # the tokenizer brings text into this form
-    "mistral_v1": lambda text: True,
-    "mistral_v2": lambda text: True,
-    "mistral_v3": lambda text: True,
-    "mistral_v7": lambda text: True,
+TOKENIZERS = {  # name → of the 106 golden texts, how many llama.cpp cuts otherwise, and which those may be
+    "stories260K": (23, lambda text: "  " in text or text != text.strip(" ")),  # the tokenizer drops such blanks
+    "stories260K (SentencePiece)": (23, lambda text: "  " in text or text != text.strip(" ")),
+    "qwen2": (1, lambda text: not unicodedata.is_normalized("NFC", text)),  # the tokenizer brings text into this form
+    "mistral_v1": (0, lambda text: False),
+    "mistral_v2": (0, lambda text: False),
+    "mistral_v3": (0, lambda text: False),
+    "mistral_v7": (0, lambda text: False),
 }
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_llama_cpp_cuts_every_golden_text_into_our_ids(shared_data, tmp_path, name):
+def test_llama_cpp_cuts_the_golden_texts_into_our_ids_but_for_those_that_the_export_warns_of(
+    shared_data, tmp_path, name
+):
     _tokenizer_folder(shared_data, tmp_path, name)
     tokenizer = load_tokenizer(tmp_path)
     rows = 151_936 if name == "qwen2" else tokenizer.size  # Qwen's embedding has more rows than there are tokens
@@ -368,14 +393,15 @@ def test_llama_cpp_cuts_every_golden_text_into_our_ids(shared_data, tmp_path, na
     report = write_gguf(tmp_path, tmp_path / "m.gguf", "f16")
     lines = (shared_data / "tokenizers" / "goldens.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
-    same = [text for text in texts if TOKENIZERS[name](text)]
-    assert len(same) >= 80
-    assert len(same) == len(texts) or report.differences
+    count, may_differ = TOKENIZERS[name]
     with LlamaCpp(tmp_path / "m.gguf", vocab_only=True) as loaded:
-        for text in same:
-            assert loaded.tokenize(text, parse_special=True) == tokenizer.encode(text), text
+        otherwise = [text for text in texts if loaded.tokenize(text, parse_special=True) != tokenizer.encode(text)]
+        for text in (text for text in texts if text not in otherwise):
             ids = tokenizer.encode(text, special_tokens=True)
             assert loaded.tokenize(text, add_special=True, parse_special=True) == ids, text
+    assert len(texts) == 106 and len(otherwise) == count
+    assert all(map(may_differ, otherwise))
+    assert bool(report.differences) >= bool(otherwise)
 
 
 def test_tokens_added_by_a_fine_tune_are_one_id_each(tmp_path):
