@@ -9,49 +9,43 @@ The names below are the library, in reading order:
     question_ids, generate                      a prompt's ids, and how the model goes on
     merge, write_gguf, write_modelfile          what leaves: safetensors, GGUF, Modelfile
     ops                                         the pure functions underneath
+
+Each is imported when it is first asked for: `import lumen` alone is quick, and works where a dependency is missing.
 """
 
 from importlib import import_module
 
-from lumen import ops
-from lumen.adapter import attach_lora, load_adapter, save_adapter
-from lumen.checkpoint import load_model
-from lumen.config import RunConfig, load_config
-from lumen.data.batch import Batch
-from lumen.export.gguf import write_gguf
-from lumen.export.merge import merge
-from lumen.export.modelfile import write_modelfile
-from lumen.sampling import generate
-from lumen.source import find_source
-from lumen.spec import ModelSpec, load_family
-from lumen.text.conversation import Conversation
-from lumen.text.tokenizer import load_tokenizer
-from lumen.text.turns import question_ids
-
-__all__ = [
-    "Batch",
-    "Conversation",
-    "ModelSpec",
-    "RunConfig",
-    "attach_lora",
-    "find_source",
-    "finetune",
-    "generate",
-    "load_adapter",
-    "load_config",
-    "load_family",
-    "load_model",
-    "load_tokenizer",
-    "merge",
-    "ops",
-    "question_ids",
-    "save_adapter",
-    "write_gguf",
-    "write_modelfile",
-]
+_HOMES = {  # name → the module that it comes from
+    "Batch": "lumen.data.batch",
+    "Conversation": "lumen.text.conversation",
+    "ModelSpec": "lumen.spec",
+    "RunConfig": "lumen.config",
+    "attach_lora": "lumen.adapter",
+    "find_source": "lumen.source",
+    "finetune": "lumen.train",
+    "generate": "lumen.sampling",
+    "load_adapter": "lumen.adapter",
+    "load_config": "lumen.config",
+    "load_family": "lumen.spec",
+    "load_model": "lumen.checkpoint",
+    "load_tokenizer": "lumen.text.tokenizer",
+    "merge": "lumen.export.merge",
+    "question_ids": "lumen.text.turns",
+    "save_adapter": "lumen.adapter",
+    "write_gguf": "lumen.export.gguf",
+    "write_modelfile": "lumen.export.modelfile",
+}
+__all__ = sorted([*_HOMES, "ops"])
 
 
 def __getattr__(name: str) -> object:
-    if name == "finetune":  # looked up late, so that `python -m lumen.train` does not import itself twice
-        return import_module("lumen.train").finetune
-    raise AttributeError(f"module 'lumen' has no attribute {name!r}")
+    if name == "ops":
+        return import_module("lumen.ops")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lumen' has no attribute {name!r}")
+    globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

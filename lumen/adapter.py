@@ -1,15 +1,14 @@
-"""Low-rank adapters: attach to a model, save and load in PEFT's layout, switch off, read for merging.
+"""Adapters on a model: low-rank pairs beside its linear layers, and embedding or head learned whole.
 
-On disk an adapter is `adapter_config.json` and `adapter_model.safetensors`, with keys
-`base_model.model.<checkpoint module>.lora_A.weight` (R, in) and `.lora_B.weight` (out, R), as PEFT 0.21 writes them, so
-that PEFT, vLLM and others read what lumen trained, and lumen reads what PEFT trained.
+The files are PEFT's (`peft_files.py`), so that PEFT, vLLM and others read what lumen trained, and lumen reads what PEFT
+trained.
 """
 
-import json
+import math
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -18,48 +17,68 @@ from torch import Tensor
 
 from lumen.checkpoint import linear_layers
 from lumen.config import Lora
+from lumen.embeddings import ROLES, base_of, learn_whole, learned_whole, matrix, set_vocabulary, untie
 from lumen.errors import CheckpointError, ConfigError, closest
 from lumen.formats.atomic import write_json
-from lumen.formats.safetensors import open_file, write_file
+from lumen.formats.safetensors import write_file
+from lumen.hub import is_id
 from lumen.models.decoder import Decoder
 from lumen.names import ADAPTER_PREFIX, NameTable
-from lumen.nn.linear import LoraPair
-
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-
-# What PEFT can say in adapter_config.json that lumen does not do: refused unless it has one of the harmless values.
-NOT_READ = {
-    "use_dora": (None, False),
-    "bias": (None, "none"),
-    "lora_bias": (None, False),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, {}, []),
-    "layer_replication": (None, []),
-    "fan_in_fan_out": (None, False),
-    "alora_invocation_tokens": (None, []),
-    "use_qalora": (None, False),
-    "target_parameters": (None, []),
-    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),  # others change the base weights too
-}
+from lumen.nn.experts import ExpertLinear, ExpertLoraPairs, ExpertPair
+from lumen.nn.linear import Linear, LoraPair
+from lumen.peft_files import CONFIG_FILE, WEIGHTS_FILE, AdapterWeights, adapter_settings, common_value, pattern_value
 
 
 def attach_lora(model: Decoder, lora: Lora) -> dict[str, LoraPair]:
     """Puts a fresh pair beside each target layer of `model`, which is changed in place; role → pair.
 
-    Everything else is frozen. Targets are roles inside a block (`attn.q`, `mlp.*`); none, or "all-linear", means the
-    family's own list. The first values of A come from torch's global random state, in the order of the layers.
-    ConfigError for a target that names no layer.
+    Everything else is frozen, but for the matrices that `lora.modules_to_save` names. Targets are roles inside a block
+    (`attn.q`, `mlp.*`); none, or "all-linear", means the family's own list. The first values of A come from torch's
+    global random state, in the order of the layers. ConfigError for a target that names no layer, and for a pattern
+    that gives no layer its rank or alpha.
     """
-    layers = linear_layers(model)
+    layers, names = linear_layers(model), model.spec.names
     if lora.rank < 1:
         raise ConfigError(f"lora.rank wants at least 1, found {lora.rank}.")
-    chosen = _targets(lora.targets or model.spec.lora_targets, layers, model.spec.lora_targets)
+    chosen = _targets(lora.targets or ["all-linear"], layers, model.spec.lora_targets)
+    modules = {role: names.by_role(role).modules for role in chosen}
+    _refuse_idle_patterns(lora, [module for own in modules.values() for module in own])
     model.requires_grad_(False)
-    scale = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
-    for role in chosen:
-        layer = layers[role]
-        layer.lora = LoraPair(layer.inputs, layer.outputs, lora.rank, scale, lora.dropout, layer.device)
+    for role, own in modules.items():
+        rank = common_value(lora.rank_pattern, own, "lora.rank_pattern", ConfigError) or lora.rank
+        alpha = common_value(lora.alpha_pattern, own, "lora.alpha_pattern", ConfigError) or lora.alpha
+        scale = alpha / (rank**0.5 if lora.rslora else rank)
+        pair = layers[role].lora = _new_pair(layers[role], rank, scale, lora.dropout)
+        if lora.init == "gaussian":
+            torch.nn.init.normal_(pair.a, std=1 / rank)
+        if lora.dora:
+            _decompose(layers[role], role)
+    learn_modules(model, lora.modules_to_save)
     return lora_pairs(model)
+
+
+def learn_modules(model: Decoder, roles: Iterable[str]) -> None:
+    """Lets embedding and head learn whole, beside what learns already; a tied head is the embedding."""
+    for role in roles:
+        if base_of(matrix(model, role)) is None:
+            learn_whole(model, role)
+
+
+def continue_settings(asked: Lora, kept: Lora, folder: Path | str) -> Lora:
+    """The settings of a run that trains the adapter in `folder` further: those that it was made with, `kept`.
+
+    Dropout is the run's, and the run may let more matrices learn whole. ConfigError where it asks for another shape.
+    """
+    default = Lora()
+    for name in ("rank", "alpha", "targets", "rslora", "dora", "init", "rank_pattern", "alpha_pattern"):
+        value = getattr(asked, name)
+        if value not in (getattr(default, name), getattr(kept, name)):
+            raise ConfigError(
+                f"lora.{name}={value!r}: the adapter {folder} is trained further as it is, with "
+                f"{getattr(kept, name)!r}. Leave lora.{name} out, or begin a new adapter."
+            )
+    modules = [role for role in ROLES if role in {*asked.modules_to_save, *kept.modules_to_save}]
+    return replace(kept, dropout=asked.dropout, modules_to_save=tuple(modules))
 
 
 def lora_pairs(model: Decoder) -> dict[str, LoraPair]:
@@ -71,14 +90,14 @@ def lora_pairs(model: Decoder) -> dict[str, LoraPair]:
 def disabled(model: Decoder) -> Iterator[Decoder]:
     """Inside the `with`, `model` is its base: the policy that an adapter is compared with."""
     pairs = lora_pairs(model).values()
-    before = [pair.enabled for pair in pairs]
-    for pair in pairs:
-        pair.enabled = False
-    try:
+    with ExitStack() as undo:
+        for pair in pairs:
+            undo.callback(setattr, pair, "enabled", pair.enabled)
+            pair.enabled = False
+        for module in learned_whole(model).values():
+            undo.callback(setattr, module, "weight", module.weight)
+            module.weight = torch.nn.Parameter(base_of(module), requires_grad=False)
         yield model
-    finally:
-        for pair, enabled in zip(pairs, before, strict=True):
-            pair.enabled = enabled
 
 
 def save_adapter(model: Decoder, folder: Path | str, lora: Lora, base: str) -> None:
@@ -87,106 +106,144 @@ def save_adapter(model: Decoder, folder: Path | str, lora: Lora, base: str) -> N
     lora  the settings that it was attached with
     base  path or id of the base model, for whoever loads the adapter later
     """
-    names, pairs = model.spec.names, lora_pairs(model)
+    names, pairs, layers = model.spec.names, lora_pairs(model), linear_layers(model)
     tensors: dict[str, Tensor] = {}
-    for role, pair in pairs.items():
-        module = names.by_role(role).adapter
-        tensors[f"{module}.lora_A.weight"] = pair.a.detach().cpu()
-        tensors[f"{module}.lora_B.weight"] = pair.b.detach().cpu()
+    settings: dict[str, tuple[int, float]] = {}  # checkpoint module → rank and alpha
+    for module, own in _by_module(pairs, names).items():
+        rows = {name.role: layers[name.role].outputs for name in names.by_checkpoint(module)}
+        a, b, scale = _join_pairs(own, rows)
+        tensors[f"{ADAPTER_PREFIX}{module}.lora_A.weight"] = a
+        tensors[f"{ADAPTER_PREFIX}{module}.lora_B.weight"] = b
+        if lora.dora:
+            lengths = [_magnitude(layers[role]) for role in rows]
+            tensors[f"{ADAPTER_PREFIX}{module}.lora_magnitude_vector"] = torch.cat(lengths).cpu()
+        settings[module] = a.shape[0], scale * (a.shape[0] ** 0.5 if lora.rslora else a.shape[0])
+    whole = ROLES if model.head is None and learned_whole(model) else tuple(learned_whole(model))
+    for role in whole:
+        tensors[f"{names.by_role(role).adapter}.weight"] = matrix(model, role).weight.detach().cpu().clone()
     write_file(Path(folder) / WEIGHTS_FILE, tensors)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        **_base_settings(base),
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
-        "use_dora": False,
+        "use_dora": lora.dora,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": sorted({names.by_role(role).checkpoint.rpartition(".")[2] for role in pairs}),
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "init_lora_weights": "gaussian" if lora.init == "gaussian" else True,
+        "target_modules": _target_names(
+            settings, [module for role in layers for module in names.by_role(role).modules]
+        ),
+        "modules_to_save": [names.by_role(role).checkpoint.rpartition(".")[2] for role in whole] or None,
+        "ensure_weight_tying": bool(whole) and model.head is None,
+        "rank_pattern": _pattern({module: rank for module, (rank, _) in settings.items()}, lora.rank),
+        "alpha_pattern": _pattern({module: alpha for module, (_, alpha) in settings.items()}, lora.alpha),
     }
     write_json(Path(folder) / CONFIG_FILE, config)
 
 
-def load_adapter(model: Decoder, folder: Path | str) -> dict[str, LoraPair]:
-    """Attaches the adapter in `folder` to `model`, in place and ready to train further; role → pair.
+def _base_settings(base: str) -> dict[str, str | None]:
+    """What PEFT calls the base: a path, or an id of the Hub with its revision apart."""
+    name, _, revision = base.partition("@") if is_id(base) else (base, "", "")
+    return {"base_model_name_or_path": name, "revision": revision or None}
 
-    CheckpointError for keys or shapes that do not fit the model, and for what lumen does not read (DoRA, trained
-    biases, whole modules).
+
+def load_adapter(model: Decoder, folder: Path | str, dropout: float | None = None) -> Lora:
+    """Attaches the adapter in `folder` to `model`, in place and ready to train further; the settings to save it with.
+
+    dropout  in training; None: as the adapter was trained
+
+    The model's rows of embedding and head become those of the adapter. CheckpointError for keys or shapes that do not
+    fit the model, and for what lumen does not read, as trained biases.
     """
-    weights = AdapterWeights.read(folder, model.spec.names)
-    layers = linear_layers(model)
+    weights, layers = AdapterWeights.read(folder, model.spec), linear_layers(model)
+    dropout = weights.dropout if dropout is None else dropout
     model.requires_grad_(False)
     for role, (a, b) in weights.pairs.items():
         if role not in layers:
             raise CheckpointError(f"{folder}: the adapter changes {role!r}, which is no linear layer of a block.")
-        layer, rank = layers[role], a.shape[0]
-        if a.shape != (rank, layer.inputs) or b.shape != (layer.outputs, rank):
+        layer, rank = layers[role], a.shape[-2]
+        stack = (layer.experts,) if isinstance(layer, ExpertLinear) else ()
+        if a.shape != (*stack, rank, layer.inputs) or b.shape != (*stack, layer.outputs, rank):
             raise CheckpointError(
                 f"{folder}: {role!r} wants A (R, {layer.inputs}) and B ({layer.outputs}, R), "
                 f"found {tuple(a.shape)} and {tuple(b.shape)}. Was the adapter trained on this base model?"
             )
-        layer.lora = LoraPair(layer.inputs, layer.outputs, rank, weights.scale(role), weights.dropout, layer.device)
+        layer.lora = _new_pair(layer, rank, weights.scale(role), dropout)
         with torch.no_grad():
             layer.lora.a.copy_(a)
             layer.lora.b.copy_(b)
-    return lora_pairs(model)
+            if role in weights.magnitudes:
+                _decompose(layer, role)
+                layer.lora.magnitude.copy_(weights.magnitudes[role])
+    _load_whole(model, weights)
+    return replace(adapter_settings(folder), dropout=dropout, modules_to_save=tuple(learned_whole(model)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterWeights:
-    """An adapter as it lies on disk, by role: for attaching, and for merging without building a model."""
+def _load_whole(model: Decoder, weights: AdapterWeights) -> None:
+    """Puts the embedding and the head that an adapter brings in the place of the model's own."""
+    spec = weights.adapt(model.spec)
+    if spec.tied != model.spec.tied:
+        untie(model)
+    for role, values in weights.whole.items():
+        learn_whole(model, role, values)
+    set_vocabulary(model, spec.vocab)
 
-    pairs: dict[str, tuple[Tensor, Tensor]]  # role → A (R, in), B (out, R), fp32
-    dropout: float
-    config: dict
-    names: NameTable
 
-    @classmethod
-    def read(cls, folder: Path | str, names: NameTable) -> "AdapterWeights":
-        """The adapter in `folder`; CheckpointError when it is damaged, incomplete, or says what lumen does not do."""
-        folder = Path(folder)
-        config = read_adapter_config(folder)
-        halves: dict[str, dict[str, Tensor]] = {}
-        with open_file(folder / WEIGHTS_FILE) as file:
-            for key in file.names():
-                role, half = _parse_key(key, names, folder)
-                halves.setdefault(role, {})[half] = file.read(key).float()
-        for role, found in halves.items():
-            if len(found) < 2:
-                raise CheckpointError(
-                    f"{folder / WEIGHTS_FILE}: {role!r} has only {next(iter(found))}; both A and B are wanted."
+def _new_pair(layer: Linear | ExpertLinear, rank: int, scale: float, dropout: float) -> LoraPair | ExpertLoraPairs:
+    if isinstance(layer, ExpertLinear):
+        return ExpertLoraPairs(layer.experts, layer.inputs, layer.outputs, rank, scale, dropout, layer.device)
+    return LoraPair(layer.inputs, layer.outputs, rank, scale, dropout, layer.device)
+
+
+def _decompose(layer: Linear, role: str) -> None:
+    """Makes the pair of a layer a DoRA."""
+    if not isinstance(layer, Linear):
+        raise ConfigError(f"lora.dora: {role!r} is a stack of experts, of which DoRA is not known. Use LoRA there.")
+    layer.lora.decompose(layer.base_weight())
+
+
+def _magnitude(layer: Linear) -> Tensor:
+    """The lengths (out,) of a layer's rows under DoRA: what was learned, or the base's own, which change nothing."""
+    if layer.lora is not None:
+        return layer.lora.magnitude.detach()
+    return torch.linalg.vector_norm(layer.base_weight().detach().float(), dim=1)
+
+
+def _refuse_idle_patterns(lora: Lora, modules: Iterable[str]) -> None:
+    """A pattern that fits no adapted layer is a slip: ConfigError."""
+    for key, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for word, value in pattern.items():
+            try:
+                re.compile(word)
+            except re.error as error:
+                raise ConfigError(f"lora.{key}: {word!r} is no regular expression: {error}.") from None
+            if all(pattern_value({word: value}, module, f"lora.{key}") is None for module in modules):
+                ends = sorted({module.rpartition(".")[2] for module in modules})
+                raise ConfigError(
+                    f"lora.{key}: {word!r} fits no adapted layer.{closest(word, ends)} It is a regular expression for "
+                    f"a module's path in the checkpoint, or for its end after a dot, such as {', '.join(ends)}."
                 )
-        if not halves:
-            raise CheckpointError(f"{folder / WEIGHTS_FILE}: holds no LoRA tensors.")
-        return cls(
-            pairs={role: (found["lora_A"], found["lora_B"]) for role, found in halves.items()},
-            dropout=float(config.get("lora_dropout") or 0.0),
-            config=config,
-            names=names,
-        )
 
-    def scale(self, role: str) -> float:
-        """alpha / R of one layer, or alpha / sqrt(R); `alpha_pattern` may give a layer its own alpha."""
-        checkpoint = self.names.by_role(role).checkpoint
-        patterns = self.config.get("alpha_pattern") or {}
-        alpha = next(
-            (value for key, value in patterns.items() if _pattern_hits(key, checkpoint)), self.config["lora_alpha"]
-        )
-        rank = self.pairs[role][0].shape[0]
-        return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+def _target_names(adapted: Iterable[str], modules: list[str]) -> list[str]:
+    """What `target_modules` shall say: the last words of the paths, or the paths, where a word would take in others."""
+    adapted = set(adapted)
+    words = sorted({module.rpartition(".")[2] for module in adapted})
+    taken = {module for module in modules if module.rpartition(".")[2] in words}
+    return words if taken <= adapted else sorted(adapted)
 
 
 def _targets(wanted: Iterable[str], layers: Iterable[str], default: Iterable[str]) -> list[str]:
     """The roles of the layers that `wanted` names, in the model's order."""
-    words = [word for target in wanted for word in (default if target == "all-linear" else [target])]
     parts = {role: role.split(".", 2)[2] for role in layers}
+    # a family's list may name what this model lacks: the MLPs of layers that all have experts
+    default = [word for word in default if any(fnmatchcase(part, word) for part in parts.values())]
+    words = [word for target in wanted for word in (default if target == "all-linear" else [target])]
     for word in words:
         if not any(fnmatchcase(part, word) for part in parts.values()):
             known = sorted(set(parts.values()))
@@ -196,44 +253,49 @@ def _targets(wanted: Iterable[str], layers: Iterable[str], default: Iterable[str
     return [role for role, part in parts.items() if any(fnmatchcase(part, word) for word in words)]
 
 
-def read_adapter_config(folder: Path | str) -> dict:
-    """`adapter_config.json` of a folder; CheckpointError where it is damaged or says what lumen does not do."""
-    path = Path(folder) / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} does not exist. An adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}."
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: wanted a JSON object, found {type(config).__name__}.")
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type wants 'LORA', found {config.get('peft_type')!r}.")
-    if not isinstance(config.get("lora_alpha"), int | float):
-        raise CheckpointError(f"{path}: lora_alpha wants a number, found {config.get('lora_alpha')!r}.")
-    for key, harmless in NOT_READ.items():
-        if config.get(key) not in harmless:
-            raise CheckpointError(f"{path}: {key} is {config[key]!r}, which lumen does not read.")
-    return config
+def _by_module(
+    pairs: dict[str, LoraPair | ExpertLoraPairs], names: NameTable
+) -> dict[str, dict[str, LoraPair | ExpertPair]]:
+    """Checkpoint module → role → pair: several roles of a fused module, one expert's of a stack."""
+    modules: dict[str, dict[str, LoraPair | ExpertPair]] = {}
+    for role, pair in pairs.items():
+        for index, module in enumerate(names.by_role(role).modules):
+            modules.setdefault(module, {})[role] = pair[index] if isinstance(pair, ExpertLoraPairs) else pair
+    return modules
 
 
-def _parse_key(key: str, names: NameTable, folder: Path) -> tuple[str, str]:
-    """`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` → ("blocks.0.attn.q", "lora_A")."""
-    module, _, half = key.removesuffix(".weight").rpartition(".")
-    name = names.by_checkpoint(module.removeprefix(ADAPTER_PREFIX))
-    if half not in ("lora_A", "lora_B") or not module.startswith(ADAPTER_PREFIX) or name is None:
-        raise CheckpointError(
-            f"{folder / WEIGHTS_FILE}: the key {key!r} has no place in this model; wanted keys such as "
-            f"{next(iter(names)).adapter}.lora_A.weight. Was the adapter trained on this base model?"
-        )
-    return name.role, half
+def _join_pairs(pairs: dict[str, LoraPair], rows: dict[str, int]) -> tuple[Tensor, Tensor, float]:
+    """A (R, in), B (out, R) and the scale of one module of the checkpoint, in which the roles of `rows` lie.
+
+    rows  role → its rows, in their order; those without a pair get rows of zeros in B
+
+    The joined pair changes each role as the role's own pair does: B is block-diagonal beside the stacked A's. Pairs
+    that share their A, as those of a loaded adapter do until they are trained, keep it, and the rank they came with.
+    """
+    adapted = {role: pairs[role] for role in rows if role in pairs}
+    first, *others = adapted.values()
+    shared = all(pair.scale == first.scale and torch.equal(pair.a, first.a) for pair in others)
+    a = first.a if shared else torch.cat([pair.a for pair in adapted.values()])
+    b = torch.zeros(sum(rows.values()), a.shape[0])
+    top = left = 0
+    for role, count in rows.items():
+        if role in adapted:
+            pair = adapted[role]
+            rank = pair.a.shape[0]
+            b[top : top + count, left : left + rank] = pair.b.detach() * (pair.scale / first.scale)
+            left += 0 if shared else rank
+        top += count
+    return a.detach().cpu(), b, first.scale
 
 
-def _pattern_hits(pattern: str, checkpoint: str) -> bool:
-    """PEFT's rule: a key of a pattern is a regular expression for the whole module path, or for its end after a dot."""
-    try:
-        return re.fullmatch(rf"(.*\.)?({pattern})", checkpoint) is not None
-    except re.error as error:
-        raise CheckpointError(f"{CONFIG_FILE}: alpha_pattern: {pattern!r} is no regular expression: {error}.") from None
+def _pattern(values: dict[str, float], default: float) -> dict[str, float]:
+    """The modules whose value is not the default, by the last word of their paths where all that end so agree."""
+    pattern: dict[str, float] = {}
+    found: dict[str, set[float]] = {}  # last word → the values of all modules that end so
+    for module, value in values.items():
+        found.setdefault(module.rpartition(".")[2], set()).add(value)
+    for module, value in values.items():
+        word = module.rpartition(".")[2]
+        if not math.isclose(value, default):
+            pattern[word if len(found[word]) == 1 else module] = value
+    return pattern

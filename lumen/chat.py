@@ -4,7 +4,8 @@ A run's folder is the base model it names, held as it was trained (in 4 bits whe
 adapter beside it; or the whole model that a full fine-tuning left. The conversation is put into the chat template that
 the run trained with. A model without a template, as a base model, continues the text as it stands, each line anew.
 
-Answers go to stdout as they come, everything else to stderr.
+Answers go to stdout as they come, everything else to stderr. How tokens are chosen is what the command line says, else
+what the model's generation_config.json says, else the likeliest token every time.
 """
 
 import argparse
@@ -14,15 +15,28 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from lumen.errors import ConfigError, LumenError, closest
+from lumen.errors import CheckpointError, ConfigError, LumenError, closest
+from lumen.formats.atomic import write_bytes
 from lumen.models.decoder import Decoder
 from lumen.sampling import check_options, generate
-from lumen.source import find_source
+from lumen.source import Source, find_source
 from lumen.text.template import ChatTemplate
-from lumen.text.tokenizer import StreamDecoder, Tokenizer
+from lumen.text.tokenizer import GENERATION, Tokenizer
+from lumen.text.tokenizer_files import read_json_object
 from lumen.text.turns import chat_template, prompt_ids, question_ids
 
+SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+NOT_FOLLOWED = {  # what else a generation_config.json may ask for, and which value asks for nothing
+    **dict.fromkeys(("num_beams", "num_beam_groups", "typical_p", "encoder_repetition_penalty", "guidance_scale"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "penalty_alpha", "diversity_penalty"), 0),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), 0),
+    **dict.fromkeys(("stop_strings", "bad_words_ids", "force_words_ids", "sequence_bias", "constraints")),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")),
+    **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config", "dola_layers", "top_h")),
+}
 COMMANDS = {
     "/system": "/system TEXT  sets the system text and begins a new conversation; without TEXT there is none",
     "/reset": "/reset        begins a new conversation under the same system text",
@@ -37,7 +51,7 @@ class Answer:
 
     text: str
     tokens: int  # the stop token included
-    finish: str  # "stop", "length", or "interrupted"
+    finish: str  # "stop", "length" (max_tokens came), "context" (it is full), or "interrupted"
     seconds: float  # the reading of the prompt included
 
     @property
@@ -53,6 +67,8 @@ class Speaker:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     options: dict[str, float]
+    stop_strings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what a person should know of it before it speaks
 
     def answer(self, messages: list[dict], on_text: Callable[[str], None]) -> Answer:
         """The answer to `messages`; without a template, what continues the last one.
@@ -62,27 +78,25 @@ class Speaker:
         A KeyboardInterrupt ends the answer, which is then what was said so far. Raises what `generate` and the template
         refuse.
         """
-        stops, stream = self.tokenizer.stop_ids, StreamDecoder(self.tokenizer, skip_special=True)
-        said, heard = [], []
+        said, heard, finish = [], [], "interrupted"
 
-        def say(text: str) -> None:
-            if text:
-                said.append(text)
-                on_text(text)
-
-        def hear(_row: int, token: int) -> None:
-            heard.append(token)
-            if token not in stops:
-                say(stream.push(token))
+        def say(_row: int, text: str) -> None:
+            said.append(text)
+            on_text(text)
 
         began_s = time.perf_counter()
-        try:
-            prompts = [self._prompt(messages)]
-            (generation,) = generate(self.model, prompts, stop_ids=stops, on_token=hear, **self.options)
+        with contextlib.suppress(KeyboardInterrupt):
+            (generation,) = generate(
+                self.model,
+                [self._prompt(messages)],
+                stop_ids=self.tokenizer.stop_ids,
+                stop_strings=self.stop_strings,
+                tokenizer=self.tokenizer,
+                on_token=lambda _row, token: heard.append(token),
+                on_text=say,
+                **self.options,
+            )
             finish = generation.finish
-            say(stream.flush())
-        except KeyboardInterrupt:
-            finish = "interrupted"
         seconds = time.perf_counter() - began_s
         return Answer(text="".join(said), tokens=len(heard), finish=finish, seconds=seconds)
 
@@ -91,14 +105,90 @@ class Speaker:
             return question_ids(messages[-1]["content"], self.tokenizer)
         return prompt_ids(messages, self.tokenizer, self.template)
 
+    def refuse_system(self) -> None:
+        """ConfigError where there is no place for a system text."""
+        if self.template is None:
+            raise ConfigError("this model has no chat template, and so no place for a system text.")
 
-def load_speaker(source: str, options: dict[str, float]) -> Speaker:
-    """The speaker in what `source` names: a run's folder, an adapter's, a model's, or "lumen-demo".
 
-    Raises what `find_source` does for a path that is none of these, and what loading raises for what is damaged there.
+def load_speaker(path: str, options: dict[str, float], stop_strings: tuple[str, ...] = ()) -> Speaker:
+    """The speaker in what `path` names: a run's folder, an adapter's, a model's, "lumen-demo", or an id of the Hub.
+
+    options  of `generate`; of those in `SAMPLING`, what is missing is filled in from the model's generation_config.json
+
+    Raises what `find_source` does for a path that is none of these, what loading raises for what is damaged there, and
+    CheckpointError for a generation_config.json that holds no numbers where it should.
     """
-    model, tokenizer = find_source(source).load()
-    return Speaker(model=model, tokenizer=tokenizer, template=chat_template(tokenizer), options=options)
+    source = find_source(path)
+    model, tokenizer = source.load()
+    template = chat_template(tokenizer)
+    own = sampling_of(source, tokenizer, options)
+    options = SAMPLING | own | options
+    notes = []
+    if template is None:
+        notes.append(f"{path} has no chat template: it continues the text as it stands.")
+    if changed := {name: value for name, value in own.items() if value != SAMPLING[name]}:
+        notes.append(f"{GENERATION} of the model says: {_listed(changed)}")
+    if unfollowed := _not_followed(_generation_config(source, tokenizer)[1]):
+        notes.append(f"{GENERATION} of the model also says what lumen does not follow: {unfollowed}")
+    cuts = {name: options[name] for name in ("top_k", "top_p", "min_p") if options[name] != SAMPLING[name]}
+    if cuts and not options["temperature"]:
+        notes.append(f"temperature is 0, which takes the likeliest token: {_listed(cuts)} changes nothing")
+    return Speaker(
+        model=model,
+        tokenizer=tokenizer,
+        template=template,
+        options=options,
+        stop_strings=stop_strings,
+        notes=tuple(notes),
+    )
+
+
+def sampling_of(source: Source, tokenizer: Tokenizer, said: dict[str, float]) -> dict[str, float]:
+    """What the model's own generation_config.json adds to what was `said` of the options in `SAMPLING`.
+
+    Its temperature (1 where it names none) and its cuts count if it says `do_sample`, as in transformers, and the cuts
+    also beside a temperature that was said. CheckpointError for a value that no answer can be sampled by.
+    """
+    path, found = _generation_config(source, tokenizer)
+    if (sampled := found.get("do_sample")) not in (None, True, False):
+        raise CheckpointError(f"{path}: do_sample: true or false was wanted, found {sampled!r}.")
+    if not said.get("temperature", sampled):
+        names = ["repetition_penalty"]
+    else:
+        names = list(SAMPLING)
+        found = {"temperature": 1.0} | {name: value for name, value in found.items() if value is not None}
+    return {
+        name: _number(path, name, found[name]) for name in names if name not in said and found.get(name) is not None
+    }
+
+
+def _generation_config(source: Source, tokenizer: Tokenizer) -> tuple[Path, dict]:
+    """What the model's generation_config.json says, and where it is, or would be."""
+    path = source.base / GENERATION
+    found = read_json_object(path, path.read_bytes()) if path.is_file() else {}
+    return path, found | read_json_object(path, tokenizer.files.get(GENERATION, b"{}"))  # an adapter may bring its own
+
+
+def _not_followed(found: dict) -> str:
+    """What `found` says of the keys in `NOT_FOLLOWED`, listed."""
+    said = {name: found.get(name) for name in NOT_FOLLOWED}
+    asks = {name: value for name, value in said.items() if value not in (None, [], {}, NOT_FOLLOWED[name])}
+    return ", ".join(f"{name} {value!r}" for name, value in asks.items())
+
+
+def _number(path: Path, name: str, value: object) -> float:
+    if not isinstance(value, int if name == "top_k" else int | float) or isinstance(value, bool):
+        raise CheckpointError(f"{path}: {name}: a number was wanted, found {value!r}.")
+    try:
+        check_options(**{name: value})
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error} Say --{name.replace('_', '-')} to go without it.") from None
+    return value
+
+
+def _listed(options: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in options.items())
 
 
 @dataclass
@@ -120,6 +210,8 @@ class Chat:
                     self.command(command, rest.strip())
                 elif line:
                     self.ask(line)
+            except KeyboardInterrupt:  # between two answers; what was said before still stands
+                _note("(interrupted)")
             except BrokenPipeError:  # nobody listens any more
                 raise
             except (LumenError, OSError) as error:  # a refused message or file is no reason to end the conversation
@@ -127,13 +219,22 @@ class Chat:
 
     def ask(self, text: str) -> None:
         """Adds a user's turn and the answer to it; the conversation stays as it was if nothing is answered."""
-        turn = {"role": "user", "content": text}
-        answer = self.speaker.answer([*self._opening(), *self.messages, turn], _print)
+        answer = self.answer(text, _print)
         _print("\n")
         if answer.finish != "stop":
-            _note({"length": "(cut off: no room for more tokens)", "interrupted": "(interrupted)"}[answer.finish])
+            _note(
+                {
+                    "length": f"(cut off after {answer.tokens} tokens; --max-tokens allows more)",
+                    "context": "(cut off: the model's context is full; /reset begins a new conversation)",
+                    "interrupted": "(interrupted)",
+                }[answer.finish]
+            )
         if answer.tokens:
-            self.messages += [turn, {"role": "assistant", "content": answer.text}]
+            self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
+
+    def answer(self, text: str, on_text: Callable[[str], None]) -> Answer:
+        """The answer to a user's turn after all that was said; the conversation stays as it is."""
+        return self.speaker.answer([*self._opening(), *self.messages, {"role": "user", "content": text}], on_text)
 
     def command(self, command: str, argument: str) -> None:
         """Does one of COMMANDS; ConfigError for another."""
@@ -143,6 +244,8 @@ class Chat:
             self.save(argument)
             return
         if command == "/system":
+            if argument:
+                self.speaker.refuse_system()
             self.system = argument
         self.messages.clear()
         _note("a new conversation" + (f", under: {self.system}" if self.system else ""))
@@ -151,8 +254,10 @@ class Chat:
         """Adds the conversation to the file at `path`."""
         if not path or not self.messages:
             raise ConfigError("there is nothing to save yet." if path else "/save wants the name of a file.")
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"messages": [*self._opening(), *self.messages]}, ensure_ascii=False) + "\n")
+        file, line = Path(path), json.dumps({"messages": [*self._opening(), *self.messages]}, ensure_ascii=False)
+        before = file.read_bytes() if file.exists() else b""
+        end = b"" if before.endswith(b"\n") or not before else b"\n"
+        write_bytes(file, before + end + line.encode() + b"\n")
         _note(f"added to {path}")
 
     def _opening(self) -> list[dict]:
@@ -181,18 +286,24 @@ def _note(text: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 failed or interrupted, 2 asked wrongly."""
     asked = _parser().parse_args(arguments)
-    options = {name: getattr(asked, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")}
+    options = {name: value for name in (*SAMPLING, "max_tokens", "seed") if (value := getattr(asked, name)) is not None}
     try:
         if asked.json and asked.prompt is None:
             raise ConfigError("--json wants one question, as --prompt TEXT.")
+        if "" in asked.stop:
+            raise ConfigError("--stop wants a text to stop at, found an empty one.")
         check_options(**options)
-        speaker = load_speaker(asked.model, options)
-        if speaker.template is None:
-            _note(f"{asked.model} has no chat template: it continues the text as it stands.")
+        speaker = load_speaker(asked.model, options, tuple(asked.stop))
+        if asked.system:
+            speaker.refuse_system()
+        if asked.prompt is None:
+            _begin(speaker)
+        for note in speaker.notes:
+            _note(note)
+        chat = Chat(speaker, system=asked.system)
         if asked.prompt is not None:
-            return _ask_once(speaker, asked.prompt, asked.json)
-        _begin(speaker)
-        Chat(speaker).run()
+            return _ask_once(chat, asked.prompt, asked.json)
+        chat.run()
     except ConfigError as error:
         _note(f"error: {error}")
         return 2
@@ -205,8 +316,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _ask_once(speaker: Speaker, prompt: str, as_json: bool) -> int:
-    answer = speaker.answer([{"role": "user", "content": prompt}], (lambda _: None) if as_json else _print)
+def _ask_once(chat: Chat, prompt: str, as_json: bool) -> int:
+    answer = chat.answer(prompt, (lambda _: None) if as_json else _print)
     if as_json:
         told = {name: getattr(answer, name) for name in ("tokens", "finish", "tokens_per_s")}
         print(json.dumps({"prompt": prompt, "answer": answer.text, **told}))
@@ -231,20 +342,28 @@ def _parser() -> argparse.ArgumentParser:
         description="Talk to a model, or ask it one question.",
         epilog="In a conversation: " + ", ".join(COMMANDS) + ".",
     )
-    parser.add_argument("model", metavar="MODEL|RUN_FOLDER", help="a model's folder, a run's folder, or lumen-demo")
+    parser.add_argument("model", metavar="MODEL|RUN_FOLDER", help="a folder of either, or owner/name of the Hub")
     parser.add_argument("--prompt", metavar="TEXT", help="ask this, print the answer and leave")
+    parser.add_argument("--system", metavar="TEXT", default="", help="system text that opens the conversation")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest answer; default %(default)s")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0, the default, takes the likeliest token"
+        "--stop", metavar="TEXT", action="append", default=[], help="end the answer before this text; repeatable"
     )
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0 = all")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest, P of the probability"
+    group = parser.add_argument_group(
+        "how tokens are chosen", f"What is not said here is as the model's {GENERATION} says."
     )
-    parser.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="only those P times as likely as the likeliest"
+    group.add_argument("--temperature", type=float, metavar="T", help="0, which is the default, takes the likeliest")
+    group.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0 = all")
+    group.add_argument("--top-p", type=float, metavar="P", help="only the likeliest, P of the probability; 1 = all")
+    group.add_argument(
+        "--min-p", type=float, metavar="P", help="only those P times as likely as the likeliest; 0 = all"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the dice; the same seed, the same answer")
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="F", help="above 1, tokens come less easily again; 1 = as easily"
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the dice; the same seed, the same answer; default 0"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout; wants --prompt")
     return parser
 

@@ -2,9 +2,14 @@
 folder.
 
 Peak memory while loading is the model as it will be plus one tensor: each is mapped from disk, moved, packed where
-asked, and forgotten.
+asked, and forgotten. On the way to a GPU the next few are there already, see `staging.py`.
+
+What one would not expect of a folder (its vision half is left aside, some layers stay in 16 bits) is said by the logger
+`lumen`, whose warnings Python prints to stderr unless a program sends them elsewhere.
 """
 
+import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,41 +18,102 @@ from torch import Tensor, nn
 
 from lumen.errors import CheckpointError, ConfigError, SpecError, closest
 from lumen.formats.atomic import write_json
-from lumen.formats.safetensors import TensorEntry, TensorFiles, write_sharded
+from lumen.formats.safetensors import TensorEntry, write_sharded
+from lumen.mismatch import extra_names, missing_names, wrong_shape
 from lumen.models.decoder import Decoder
-from lumen.nn.linear import Linear
-from lumen.spec import ModelSpec, TensorName, load_family
+from lumen.names import FileTensor, Part, TensorName, checkpoint_tensors
+from lumen.nn.attention import Attention
+from lumen.nn.experts import ExpertLinear
+from lumen.nn.layers import MLP
+from lumen.nn.linear import Linear, round_to_fp8
+from lumen.ops.fp8 import MULTIPLE, refusal
+from lumen.ops.nf4 import NF4, dequantize_nf4, quantize_nf4
+from lumen.spec import ModelSpec, load_family
+from lumen.staging import carry
+from lumen.weights import Weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LOG = logging.getLogger("lumen")
 
 
-def load_model(folder: Path | str, *, dtype: str = "auto", nf4: bool = False, device: str = "auto") -> Decoder:
+def load_model(
+    folder: Path | str, *, dtype: str = "auto", nf4: bool = False, fp8: bool = False, device: str = "auto"
+) -> Decoder:
     """The model in `folder`, frozen and in eval mode.
 
     dtype   of the activations and the dense weights: float32, bfloat16, float16, or auto (see `choose_dtype`)
-    nf4     pack the linear layers of every block into 4 bits; embedding, head and norms stay dense
+    nf4     pack the linear layers of every block into 4 bits; embedding, head and norms stay dense. A checkpoint that
+            comes in NF4 keeps its own blocks, and what it left in 16 bits; without `nf4` it is dequantized
+    fp8     while the model trains, multiply by the linear layers of every block in 8 bits (`ops/fp8.py`)
     device  auto takes a GPU when there is one
 
-    SpecError when no page describes `config.json`; CheckpointError for missing, extra or mis-shaped tensors.
+    SpecError when no page describes `config.json`; CheckpointError for missing, extra or mis-shaped tensors;
+    ConfigError for a device that is not there, or has no products in 8 bits.
     """
     place = choose_device(device)
+    if fp8 and (complaint := refusal(place)):
+        raise ConfigError(f"model.fp8 {complaint}. Leave it out: products are in 16 bits then.")
     spec, files = open_checkpoint(folder)
     with torch.device("meta"):
         model = Decoder(spec, choose_dtype(dtype, place))
+    packing = nf4 and not files.prequantized
+    places = [(name, part) for name in spec.tensors() for part in name.parts]  # of a stack one slice after the other
     with files:
-        for name in spec.tensors():
-            _place(model, name, files.read(name.checkpoint), nf4, place)
+        stored = (read_stored(files, part) for _, part in places)
+        for (name, part), weight in zip(places, carry(stored, place), strict=True):
+            if isinstance(weight, NF4):
+                if nf4 and _place_packed(model, name, part, weight):
+                    continue
+                weight = dequantize_nf4(weight, torch.float32)
+            _place(model, name, part, weight, packing, place)
+    if fp8:
+        _round_blocks(model, folder)
     return model.eval()
 
 
-def open_checkpoint(folder: Path | str) -> tuple[ModelSpec, TensorFiles]:
-    """The spec of a model folder and its open files, checked to hold the tensors that the spec wants and no others."""
+def open_checkpoint(folder: Path | str, *, announce: bool = True) -> tuple[ModelSpec, Weights]:
+    """The spec of a model folder and its open files, checked to hold the tensors that the spec wants and no others.
+
+    announce  say what one would not expect of the folder
+    """
     folder = Path(folder)
-    spec, files = load_family(folder), TensorFiles(folder)
+    spec = load_family(folder)
+    files = Weights(folder, spec)
     _check_names(spec, files, folder)
-    for name in spec.tensors():
-        _check_tensor(spec, files, name)
+    for tensor in checkpoint_tensors(spec.tensors()):
+        _check_tensor(spec, files, tensor)
+    if announce:
+        _say_what_is_unexpected(spec, files, folder)
     return spec, files
+
+
+def read_stored(files: Weights, part: Part) -> Tensor | NF4:
+    """One part of a role as it is stored: a view of the file's own pages, or NF4 blocks that are such views."""
+    packed = read_packed(files, part)
+    return read_part(files, part) if packed is None else packed
+
+
+def read_packed(files: Weights, part: Part) -> NF4 | None:
+    """The blocks of one part of a role that is stored in NF4, to the bit; None for what is stored dense."""
+    whole = files.packed(part.name)
+    return whole if whole is None or whole.shape[0] == part.rows else whole.rows(part.first, part.rows)
+
+
+def read_tensor(files: Weights, name: TensorName) -> Tensor:
+    """The values of one role, in the dtype of the file: a view of the file's own pages, or a stack of its parts."""
+    parts = [read_part(files, part) for part in name.parts]
+    return parts[0] if name.parts[0].index is None else torch.stack(parts)
+
+
+def read_part(files: Weights, part: Part) -> Tensor:
+    """The values of one part of a role, a view of the file's own pages or an NF4 weight dequantized."""
+    return files.read(part.name)[part.first : part.first + part.rows]
+
+
+def join_pieces(tensor: FileTensor, read: Callable[[TensorName, Part], Tensor]) -> Tensor:
+    """The values of one tensor of a file, given those of its pieces: of a role, or of one slice of a stack."""
+    pieces = [read(name, part) for name, part in tensor.pieces]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def new_model(spec: ModelSpec, *, seed: int, device: str = "auto") -> Decoder:
@@ -63,7 +129,8 @@ def new_model(spec: ModelSpec, *, seed: int, device: str = "auto") -> Decoder:
         else:
             one = name.role.endswith("norm.weight") and spec.norm == "rms"
             values = torch.full(name.shape, 1.0 if one else 0.0)
-        _place(model, name, values, False, place)
+        for part in name.parts:
+            _place(model, name, part, _slice(values, part), False, place)
     return model.eval()
 
 
@@ -80,18 +147,24 @@ def save_model(model: Decoder, folder: Path | str) -> None:
         )
     dtype, state = stored_dtype(spec), model.state_dict()
 
-    def read(name: TensorName) -> Tensor:
-        values = state[name.role].to("cpu", dtype)
+    def read(tensor: FileTensor) -> Tensor:
+        values = join_pieces(tensor, lambda name, part: _slice(state[name.role], part)).to("cpu", dtype)
         if not values.isfinite().all():
-            raise CheckpointError(f"{name.checkpoint}: wanted finite weights in {dtype}, found infinity or NaN.")
+            raise CheckpointError(f"{tensor.name}: wanted finite weights in {dtype}, found infinity or NaN.")
         return values
 
-    entries = [TensorEntry(name.checkpoint, name.shape, dtype, partial(read, name)) for name in spec.tensors()]
+    tensors = checkpoint_tensors(spec.tensors())
+    entries = [TensorEntry(tensor.name, tensor.shape, dtype, partial(read, tensor)) for tensor in tensors]
     write_sharded(folder, entries)
-    config = dict(spec.config)
+    write_json(folder / "config.json", dense_config(spec))
+
+
+def dense_config(spec: ModelSpec) -> dict:
+    """`config.json` for the text model alone, its weights stored dense."""
+    config = {key: value for key, value in spec.config.items() if key not in ("quantization_config", "text_config")}
     if config["rope_scaling"]["rope_type"] == "default":
         config["rope_scaling"] = None
-    write_json(folder / "config.json", config)
+    return config
 
 
 def stored_dtype(spec: ModelSpec) -> torch.dtype:
@@ -102,11 +175,17 @@ def stored_dtype(spec: ModelSpec) -> torch.dtype:
     return DTYPES[word]
 
 
-def linear_layers(model: nn.Module) -> dict[str, Linear]:
+def linear_layers(model: nn.Module) -> dict[str, Linear | ExpertLinear]:
     """Role → layer, for the linear layers of the blocks: those that are quantized and adapted."""
-    return {
-        role: layer for role, layer in model.named_modules() if isinstance(layer, Linear) and role.startswith("blocks.")
-    }
+    linear, modules = (Linear, ExpertLinear), model.named_modules()
+    return {role: layer for role, layer in modules if isinstance(layer, linear) and role.startswith("blocks.")}
+
+
+def linear_names(spec: ModelSpec, *, experts: bool = True) -> list[str]:
+    """What a checkpoint calls the weights of the blocks' linear layers, fused ones once, experts one by one or not."""
+    linear = [name for name in spec.tensors() if name.role.startswith("blocks.") and not name.exact]
+    parts = [part for name in linear for part in name.parts if len(name.part_shape(part)) == 2]
+    return list(dict.fromkeys(part.name for part in parts if experts or part.index is None))
 
 
 def choose_device(name: str) -> torch.device:
@@ -121,31 +200,30 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU that computes in it, else float32: few CPUs have fast bfloat16."""
+    """`auto` is bfloat16 on a GPU that computes in it, else float32.
+
+    Few CPUs have fast bfloat16. A GPU of before 2020 only imitates it; float16 would be fast there, but its gradients
+    vanish without loss scaling and some families overflow in it, so it is for whoever asks for it by name.
+    """
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
     if name not in DTYPES:
         raise ConfigError(f"model.dtype is {name!r}; known: auto, {', '.join(DTYPES)}.{closest(name, DTYPES)}")
     return DTYPES[name]
 
 
-def _check_names(spec: ModelSpec, files: TensorFiles, folder: Path) -> None:
-    wanted = {name.checkpoint for name in spec.tensors()}
+def _check_names(spec: ModelSpec, files: Weights, folder: Path) -> None:
+    wanted = {tensor.name for tensor in checkpoint_tensors(spec.tensors())}
     found = set(files.names())
     if missing := sorted(wanted - found):
-        raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(wanted)} tensors are missing, the first is {missing[0]!r}."
-            f"{closest(missing[0], found)} Is {spec.name!r} the right family for this folder?"
-        )
+        raise CheckpointError(missing_names(spec, missing, len(wanted), found, folder))
     extra = sorted(name for name in found - wanted if not _may_be_extra(spec, files, name))
     if extra:
-        raise CheckpointError(
-            f"{folder}: {len(extra)} tensors have no place in a {spec.name!r} model, the first is {extra[0]!r} in "
-            f"{files.file_of(extra[0]).name}. Is config.json that of these weights?"
-        )
+        raise CheckpointError(extra_names(spec, extra, files.file_of(extra[0])))
 
 
-def _may_be_extra(spec: ModelSpec, files: TensorFiles, name: str) -> bool:
+def _may_be_extra(spec: ModelSpec, files: Weights, name: str) -> bool:
     """Older writers stored the rotary frequencies, and a tied head beside its embedding."""
     if name.endswith("rotary_emb.inv_freq"):
         return True
@@ -155,20 +233,74 @@ def _may_be_extra(spec: ModelSpec, files: TensorFiles, name: str) -> bool:
     return files.shape(name) == files.shape(embed) and torch.equal(files.read(name), files.read(embed))
 
 
-def _check_tensor(spec: ModelSpec, files: TensorFiles, name: TensorName) -> None:
-    where = f"{files.file_of(name.checkpoint)}: {name.checkpoint!r}"
-    if (shape := files.shape(name.checkpoint)) != name.shape:
-        raise CheckpointError(
-            f"{where} wants shape {name.shape}, found {shape}. Is {spec.name!r} the right family for this folder?"
+def _check_tensor(spec: ModelSpec, files: Weights, tensor: FileTensor) -> None:
+    file = files.file_of(tensor.name)
+    if not (dtype := files.dtype(tensor.name)).is_floating_point:
+        raise CheckpointError(f"{file}: {tensor.name!r} wants floats, found {dtype}. Is the checkpoint quantized?")
+    if (shape := files.shape(tensor.name)) != tensor.shape:
+        raise CheckpointError(wrong_shape(spec, tensor, shape, file))
+
+
+def _say_what_is_unexpected(spec: ModelSpec, files: Weights, folder: Path) -> None:
+    if spec.text_half is not None:
+        LOG.warning("%s: the text half of a vision model; %d vision tensors are left aside.", folder, len(files.aside))
+    if not files.prequantized:
+        return
+    dense = set(linear_names(spec)) - files.packed_names
+    LOG.warning(
+        "%s: %d weights are NF4 already and used as they are; %d linear weights of the blocks are stored dense.",
+        folder,
+        len(files.packed_names),
+        len(dense),
+    )
+
+
+def _round_blocks(model: Decoder, folder: Path | str) -> None:
+    """Gives the linear layers of the blocks their weights in 8 bits beside the exact ones; says where some stay."""
+    groups, layers = [], linear_layers(model)
+    for module in model.blocks.modules():
+        if isinstance(module, Attention):
+            groups += [(module.q, module.k, module.v), (module.o,)]
+        elif isinstance(module, MLP):
+            groups += [(module.gate, module.up), (module.down,)]
+    rounded = sum(len(group) for group in groups if round_to_fp8(group))
+    if rounded < len(layers):
+        LOG.warning(
+            "%s: model.fp8 serves %d of the blocks' %d linear layers; experts, and layers that share their input with "
+            "one whose sizes are no multiples of %d, stay as they are.",
+            folder,
+            rounded,
+            len(layers),
+            MULTIPLE,
         )
-    if not (dtype := files.dtype(name.checkpoint)).is_floating_point:
-        raise CheckpointError(f"{where} wants floats, found {dtype}.")
 
 
-def _place(model: Decoder, name: TensorName, values: Tensor, nf4: bool, device: torch.device) -> None:
+def _slice(values: Tensor, part: Part) -> Tensor:
+    """What of a role's values a part holds."""
+    return values if part.index is None else values[part.index]
+
+
+def _place_packed(model: Decoder, name: TensorName, part: Part, stored: NF4) -> bool:
+    """Puts blocks into their layer as they are; False for what is no linear layer of a block, and stays dense."""
+    module = model.get_submodule(name.role.removesuffix(".weight"))
+    if isinstance(module, ExpertLinear):
+        module.place_packed(part.index, stored)
+        return True
+    if not isinstance(module, Linear) or not name.role.startswith("blocks."):
+        return False
+    module.nf4, module.weight = stored, None
+    return True
+
+
+def _place(model: Decoder, name: TensorName, part: Part, values: Tensor, nf4: bool, device: torch.device) -> None:
     role, _, kind = name.role.rpartition(".")
     module = model.get_submodule(role)
+    dtype = torch.float32 if name.exact else model.dtype
+    if isinstance(module, ExpertLinear):
+        values = values.to(device)
+        module.place_packed(part.index, quantize_nf4(values)) if nf4 else module.place(part.index, values, dtype)
+        return
     if nf4 and kind == "weight" and isinstance(module, Linear) and role.startswith("blocks."):
         module.quantize(values.to(device))  # from the file's own values, before any rounding to the compute dtype
         return
-    setattr(module, kind, nn.Parameter(values.to(device, model.dtype), requires_grad=False))
+    setattr(module, kind, nn.Parameter(values.to(device, dtype), requires_grad=False))

@@ -4,7 +4,8 @@ Defaults stand here and nowhere else, and nothing but the file and the overrides
 Written back by `write_toml`, the resolved configuration is a run file itself, and running it repeats the run.
 
 A relative path in a file is relative to that file; in a recipe or an override, to the working directory. A model or a
-data set may also be a plain name without slash or dot, such as `lumen-demo`; it is kept if no such file exists.
+data set may also be a plain name without slash or dot, such as `lumen-demo`; it is kept if no such file exists. So is
+a model's id of the Hub, `owner/name` or `owner/name@revision`.
 """
 
 import inspect
@@ -14,7 +15,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -27,6 +28,7 @@ from msgspec import Meta
 
 from lumen import schema
 from lumen.errors import ConfigError, closest
+from lumen.hub import is_id
 
 Count = Annotated[int, Meta(ge=1)]
 CountOrOff = Annotated[int, Meta(ge=0)]
@@ -39,10 +41,12 @@ Fraction = Annotated[float, Meta(ge=0, lt=1)]
 class Model:
     """The base model, and how it is held in memory."""
 
-    path: str = ""  # folder with config.json, tokenizer and safetensors, or "lumen-demo"; required
+    path: str = ""  # folder with config.json, tokenizer and safetensors, or "owner/name" of the Hub; required
     nf4: bool = True  # hold the frozen linear weights in 4 bits (QLoRA)
+    fp8: bool = False  # while training, multiply by them in 8 bits: faster on GPUs of 2022 and later, less exact
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights and activations; auto = by device
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto = cuda where there is one
+    offline: bool = False  # take a model of the Hub from the cache, and open no socket
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,21 @@ class Lora:
     dropout: Fraction = 0.0  # share of the adapter's inputs that is dropped while training
     targets: tuple[str, ...] = ()  # roles, as "attn.q"; empty or "all-linear" = the family's own list
     rslora: bool = False  # scale by alpha / sqrt(rank) instead
+    dora: bool = False  # learn the length of each row of a weight beside its direction (DoRA)
+    init: Literal["default", "gaussian"] = "default"  # first values of A: uniform, or normal with std 1 / rank
+    rank_pattern: dict[str, Count] = field(default_factory=dict)  # other ranks, by PEFT's rule, as { "q_proj" = 8 }
+    alpha_pattern: dict[str, Positive] = field(default_factory=dict)  # other alphas, by the same rule
+    modules_to_save: tuple[Literal["embed", "head"], ...] = ()  # matrices that learn whole beside the adapter
+    adapter: str = ""  # folder or Hub id of an adapter to train further; its layers, rank, alpha and kind are kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Tokens that are added to the vocabulary. Embedding and head then learn whole, also beside an adapter."""
+
+    add: tuple[str, ...] = ()  # their texts, as "<tool>"
+    special: bool = True  # structure that no decoded text shows; false = words
+    init: Literal["mean", "subtokens"] = "mean"  # their first rows: mean of all trained rows, or of what spelled them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +84,11 @@ class Data:
     eval_fraction: Fraction = 0.0  # hold out this share of the training examples instead
     format: Literal["auto", "chat", "prompt-completion", "text"] = "auto"  # shape of a record; auto = by its keys
     chat_template: str = ""  # Jinja file that replaces the checkpoint's own template
+    chat_format: str = ""  # named format, as "chatml", that replaces it instead; model_specs/chat holds them
+    system: str = ""  # system text of every conversation without one; saved with the chat template
     train_on: Literal["all-assistant", "last-assistant", "everything"] = "all-assistant"  # which tokens are learned
+    instruction_part: str = ""  # text before each question; with response_part, it marks by hand what is learned
+    response_part: str = ""  # text before each answer, which is learned up to the next instruction_part
     max_length: Annotated[int, Meta(ge=2)] = 2048  # T, tokens in a row
     packing: bool = True  # several examples share a row, none sees another
     too_long: Literal["error", "split", "truncate", "drop"] = "error"  # fate of an example longer than max_length
@@ -81,6 +104,7 @@ class Train:
     batch_size: Count = 2  # B, rows in one forward pass
     accumulate: Count = 1  # forward passes in one step
     lr: Positive = 2e-4  # learning rate at its highest
+    embedding_lr: NotNegative = 0.0  # the same for embedding and head, where they learn; 0 = lr
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # what the learning rate does after warm-up
     warmup_steps: CountOrOff = 0  # 0 = as warmup_fraction says
     warmup_fraction: Fraction = 0.03  # share of all steps in which the learning rate rises
@@ -90,7 +114,12 @@ class Train:
     eps: Positive = 1e-8  # AdamW
     clip: NotNegative = 1.0  # highest norm of the gradient; 0 = no limit
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0  # of shuffling, dropout and the adapter's first values
-    recompute: bool = False  # compute activations again in the backward pass instead of keeping them
+    keep: Literal["auto", "all", "attention", "input"] = "auto"  # of a block for its backward pass; auto = what fits
+    offload: bool = True  # under "auto", what does not fit may wait in the host's memory instead
+    memory_gib: NotNegative = 0.0  # device memory that the run may take; 0 = what is free
+    optimizer_bits: Literal["auto", 8, 32] = "auto"  # of AdamW's averages; auto = 8 on a GPU for large adapters
+    graph: bool = True  # on a GPU, run a step as one CUDA graph where its shapes allow
+    profile: bool = False  # record one step: a trace, and a table of where the time went
     eval_every: CountOrOff = 0  # steps between evaluations; 0 = at the end only
     save_every: CountOrOff = 0  # steps between checkpoints; 0 = at the end only
     keep_checkpoints: Count = 2  # newest checkpoints that stay on disk
@@ -119,6 +148,7 @@ class RunConfig:
 
     model: Model = Model()
     lora: Lora = Lora()
+    tokens: Tokens = Tokens()
     data: Data = Data()
     train: Train = Train()
     sample: Sample = Sample()
@@ -133,10 +163,19 @@ class RunConfig:
             raise ConfigError(f"{key!r} is no key of a run.{closest(key, _keys())}")
         return self._origins.get(key, "default")
 
+    def with_path(self, key: str, path: str) -> "RunConfig":
+        """The same run with `path` under a dotted key; the origins of all values stay."""
+        section, _, name = key.partition(".")
+        changed = replace(self, **{section: replace(getattr(self, section), **{name: path})})
+        object.__setattr__(changed, "_origins", self._origins)
+        return changed
 
-LISTS = ("lora.targets", "data.train", "sample.prompts")  # where one string stands for a list of one
-PATHS = {"model.path", "data.train", "data.eval", "data.chat_template", "output.folder"}
+
+# where one string stands for a list of one
+LISTS = ("lora.targets", "lora.modules_to_save", "tokens.add", "data.train", "sample.prompts")
+PATHS = {"model.path", "lora.adapter", "data.train", "data.eval", "data.chat_template", "output.folder"}
 NAMES = ("model.path", "data.train", "data.eval")  # paths that may be a plain name instead
+IDS = ("model.path", "lora.adapter")  # paths that may be an id of the Hub instead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +216,29 @@ def _refuse_contradictions(config: RunConfig, where: str) -> None:
             ["train.method", "model.nf4"],
         ),
         (
+            train.method == "full" and model.fp8,
+            "contradict each other: only frozen weights are multiplied in 8 bits; leave model.fp8 out",
+            ["train.method", "model.fp8"],
+        ),
+        (
             bool(data.eval) and data.eval_fraction > 0,
             "contradict each other: name a file of held-out examples, or hold out a share, not both",
             ["data.eval", "data.eval_fraction"],
+        ),
+        (
+            bool(data.chat_template) and bool(data.chat_format),
+            "contradict each other: name a file with a chat template, or a format, not both",
+            ["data.chat_template", "data.chat_format"],
+        ),
+        (
+            bool(data.instruction_part) != bool(data.response_part),
+            "belong together: name what stands before a question and what stands before an answer",
+            ["data.instruction_part", "data.response_part"],
+        ),
+        (
+            bool(data.response_part) and data.train_on == "everything",
+            "contradict each other: markers say what is learned, and the rest is not",
+            ["data.response_part", "data.train_on"],
         ),
         (
             train.eval_every > 0 and not data.eval and data.eval_fraction == 0,
@@ -314,7 +373,7 @@ def _toml_value(text: str, where: str) -> object:
             raise ConfigError(f"{where}: {text} is not a TOML value: {error}. Strings in a list need quotes.") from None
         return text
     value = parsed["value"]
-    return value if len(parsed) == 1 and isinstance(value, bool | int | float | str | list) else text
+    return value if len(parsed) == 1 and isinstance(value, bool | int | float | str | list | dict) else text
 
 
 def _checked(nested: dict, where: str, base: Path | None) -> dict[str, object]:
@@ -353,11 +412,12 @@ def _nested(values: Mapping[str, object]) -> dict:
 
 
 def _place(key: str, path: str, base: Path | None) -> str:
-    """`path` made absolute; an empty one stays, and so does a plain name if nothing of that name lies in `base`.
+    """`path` made absolute; an empty one stays, and so does a name or an id if nothing of that name lies in `base`.
 
     A recipe (None) has its plain names kept: whatever lies in the working directory must not change what it means.
     """
-    is_name = key in NAMES and re.fullmatch(r"[\w-]+", path) and not (base and (base / path).exists())
+    looks_so = (key in NAMES and re.fullmatch(r"[\w-]+", path)) or (key in IDS and is_id(path))
+    is_name = looks_so and not (base and (base / path).exists())
     return path if is_name or not path else _absolute((base or Path()) / Path(path).expanduser())
 
 

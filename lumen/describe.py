@@ -11,8 +11,8 @@ from dataclasses import Field, fields, replace
 from itertools import groupby
 
 from lumen.errors import ConfigError, closest
-from lumen.page import LogitsPage, Number, Page, RopePage, page_names, read_page
-from lumen.spec import DIMS, Family, ModelSpec
+from lumen.page import ExpertsPage, Flag, Key, LogitsPage, Number, Page, RopePage, page_names, read_page
+from lumen.spec import Family, ModelSpec
 
 REFERENCE = "llama3.1"  # the plain shape that every other family varies
 
@@ -30,7 +30,8 @@ export and chat all read. This file is written by `scripts/families_table`; edit
   is a choice, and "present" and "absent" ask whether the key holds anything but null.
 - `[block]`, `[embed]`, `[attention]`, `[rope.KIND]` and `[logits]` hold the switches; one that is left out has its
   default.
-- `[tensors]`: `role = [checkpoint, GGUF, transform to GGUF]`, without `.weight`; rows of a block without its prefix.
+- `[tensors]`: `role = [checkpoint, GGUF, transform to GGUF]`, without `.weight`; rows of a block without its prefix;
+  `*` is the number of an expert, all of which are one role and one tensor of a GGUF file.
 - `[sizes]` serves plans and tests, a checkpoint's `config.json` holds the truth; `[lora]`, `[gguf]` and `[chat]` are
   for adapters, export and conversations.
 
@@ -66,6 +67,8 @@ def describe_family(name: str, size: str | None = None) -> str:
     kinds = Counter(layer.kind for layer in spec.layers)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     notes = [f"All {len(spec.layers)} blocks hold the tensors of blocks.0; by what a layer sees: {counts}."]
+    if len({tensor.checkpoint for tensor in spec.tensors()}) < len(list(spec.tensors())):
+        notes.append("Roles that have a name in common lie in that tensor one below the other, in this order.")
     if page.embed.tied is None:
         notes.append("Where tie_word_embeddings is true there is no head.weight.")
     if page.gguf.extra:
@@ -85,16 +88,31 @@ def switches(page: Page) -> dict[str, str]:
     for name in ("block", "embed", "attention", "logits"):
         section = getattr(page, name)
         decided |= {f"{name}.{field.name}": _value(field, getattr(section, field.name)) for field in fields(section)}
-    decided["rope.full"] = page.rope["full"].kind
+    for field in fields(ExpertsPage):
+        decided[f"experts.{field.name}"] = _value(field, getattr(page.experts, field.name)) if page.experts else "–"
+    decided["rope.full"] = _kind(page.rope["full"])
     without = "as full" if "window" in page.attention.layers else "–"
-    decided["rope.window"] = page.rope["window"].kind if "window" in page.rope else without
+    decided["rope.window"] = _kind(page.rope["window"]) if "window" in page.rope else without
     return decided | {"gguf.arch": page.gguf.arch}
 
 
+def _number(value: Number) -> str:
+    options = value if isinstance(value, list) else [value]
+    return " or ".join(f"`{option}`" if isinstance(option, str) else f"{option:g}" for option in options)
+
+
+def _kind(rope: RopePage) -> str:
+    kinds = rope.kind if isinstance(rope.kind, str) else " or ".join(rope.kind)
+    return kinds if rope.partial == 1.0 else f"{kinds}, on a share of a head: {_number(rope.partial)}"
+
+
 def _value(field: Field, value: object) -> str:
+    if field.type == Key and value is None:
+        return "none"
+    if field.type in (Flag, Key) and isinstance(value, str):
+        return f"`{value}`"
     if field.type == Number:  # a string is a key there
-        options = value if isinstance(value, list) else [value]
-        return " or ".join(f"`{option}`" if isinstance(option, str) else f"{option:g}" for option in options)
+        return _number(value)
     if value is None:  # embed.tied, the one switch that a page may leave open
         return "`tie_word_embeddings`"
     if isinstance(value, list):
@@ -138,8 +156,9 @@ def _bind(page: Page, size: str) -> ModelSpec:
         attention=replace(page.attention, scale=1.0, softcap=0.0, window=1),
         rope={"full": RopePage(kind="plain", theta=1.0)},
         logits=LogitsPage(),
+        experts=replace(page.experts, normalize=True, step=1, dense="") if page.experts else None,
     )
-    keys = DIMS | {"layers": "num_hidden_layers", "kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
+    keys = Family(page).size_keys
     config = {keys[name]: value for name, value in page.sizes[size].items()}
     unshaped = {"max_position_embeddings": 1, "rms_norm_eps": 1.0}
     return Family(plain).bind(config | unshaped, f"model_specs/{page.name}.toml, size {size!r}")

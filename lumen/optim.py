@@ -1,7 +1,7 @@
 """AdamW with decoupled weight decay, the clipping of gradients before it, and the learning rate of every step.
 
-    m ← β₁ m + (1 - β₁) g                        exp_avg, the mean of the gradients
-    v ← β₂ v + (1 - β₂) g²                       exp_avg_sq, the mean of their squares
+    m ← β₁ m + (1 - β₁) g                        the mean of the gradients
+    v ← β₂ v + (1 - β₂) g²                       the mean of their squares
     p ← (1 - lr · decay) p                       matrices only: norms and biases do not belong near zero
     p ← p - lr · (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)
 
@@ -11,17 +11,25 @@ step 1000 (an encoder, when the first image comes) starts its averages there. No
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from lumen.errors import CheckpointError, ConfigError, closest
+from lumen.ops.adamw import Averages, Moments, adamw
+
+LEAST_PACKED = 4096  # values: of smaller parameters eight bits would save nothing that counts
 
 
 class AdamW:
-    """Updates the parameters that learn, in place, from their `.grad`; holds two fp32 tensors of each one's shape."""
+    """Updates the parameters that learn, in place, from their `.grad`.
+
+    bits  32: two fp32 averages of each parameter's shape. 8: one byte a value for each of the two (`ops/adamw.py`), for
+          parameters of 4096 values and more; smaller ones stay in fp32
+    """
 
     def __init__(
         self,
@@ -31,8 +39,12 @@ class AdamW:
         beta2: float,
         eps: float,
         weight_decay: float,
+        rates: Mapping[str, float] = MappingProxyType({}),
+        bits: int = 32,
     ):
         """Takes `model.named_parameters()` and keeps those that require a gradient; a ConfigError if none does.
+
+        rates  by name, what a parameter's learning rate is as a multiple of `step`'s; 1 for those not named
 
         A parameter in bf16 or fp16 is updated from fp32 arithmetic and rounded: small steps may be lost to rounding.
         """
@@ -42,43 +54,66 @@ class AdamW:
                 "The optimizer found no parameter that learns. Does lora.targets name layers of this model?"
             )
         self.beta1, self.beta2, self.eps, self.weight_decay = beta1, beta2, eps, weight_decay
-        self.exp_avg = {name: _zeros(parameter) for name, parameter in self.parameters.items()}
-        self.exp_avg_sq = {name: _zeros(parameter) for name, parameter in self.parameters.items()}
+        self.bits = bits
+        self.states = {name: self._fresh_state(parameter) for name, parameter in self.parameters.items()}
         self.updates = dict.fromkeys(self.parameters, 0)  # t of the equation
+        self.rates = {name: rates.get(name, 1.0) for name in self.parameters}
+
+    def _fresh_state(self, parameter: Parameter) -> Averages | Moments:
+        kind = Moments if self.bits == 8 and parameter.numel() >= LEAST_PACKED else Averages
+        return kind.zeros(parameter.detach())
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """One update with learning rate `lr`. A parameter without a gradient keeps its value and its state."""
+    def step(self, lr: float, factor: Tensor | None = None) -> None:
+        """One update with learning rate `lr`. A parameter without a gradient keeps its value and its state.
+
+        factor  fp32 scalar on the parameters' device that multiplies every gradient; where it is not finite nothing
+                moves, and nobody waits to find that out
+        """
         names = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
-        if not names:
-            return
+        if factor is None:
+            factor = torch.ones((), device=next(iter(self.parameters.values())).device)
         for name in names:
             self.updates[name] += 1
+        for kind in (Averages, Moments):
+            if chosen := [name for name in names if isinstance(self.states[name], kind)]:
+                self._update(chosen, lr, factor)
+
+    def _update(self, names: list[str], lr: float, factor: Tensor) -> None:
         parameters = [self.parameters[name] for name in names]
-        gradients = [parameter.grad.float() for parameter in parameters]
-        mean = [self.exp_avg[name] for name in names]
-        square = [self.exp_avg_sq[name] for name in names]
+        matrices = [parameter.ndim >= 2 for parameter in parameters]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [self.states[name] for name in names],
+            beta1=self.beta1,
+            beta2=self.beta2,
+            eps=self.eps,
+            rates=[lr * self.rates[name] / (1 - self.beta1 ** self.updates[name]) for name in names],
+            corrections=[math.sqrt(1 - self.beta2 ** self.updates[name]) for name in names],
+            decays=[
+                lr * self.rates[name] * self.weight_decay * is_matrix
+                for name, is_matrix in zip(names, matrices, strict=True)
+            ],
+            factor=factor,
+        )
 
-        torch._foreach_lerp_(mean, gradients, 1 - self.beta1)
-        torch._foreach_mul_(square, self.beta2)
-        torch._foreach_addcmul_(square, gradients, gradients, 1 - self.beta2)
-
-        spread = torch._foreach_sqrt(square)
-        torch._foreach_div_(spread, [math.sqrt(1 - self.beta2 ** self.updates[name]) for name in names])
-        torch._foreach_add_(spread, self.eps)
-        self._decay(parameters, lr)
-        rates = [-lr / (1 - self.beta1 ** self.updates[name]) for name in names]
-        torch._foreach_addcdiv_(parameters, mean, spread, rates)
-
-    def zero_grad(self) -> None:
-        """Forgets the gradients, and gives back their memory."""
+    def zero_grad(self, *, keep: bool = False) -> None:
+        """Forgets the gradients and gives back their memory, or, to `keep` that, sets them to zero where they are."""
+        if keep:
+            torch._foreach_zero_([p.grad for p in self.parameters.values() if p.grad is not None])
+            return
         for parameter in self.parameters.values():
             parameter.grad = None
 
+    @property
+    def state_bytes(self) -> int:
+        return sum(tensor.nbytes for state in self.states.values() for tensor in vars(state).values())
+
     def state_tensors(self) -> dict[str, Tensor]:
-        """All that an exact resume needs, by `exp_avg.NAME`, `exp_avg_sq.NAME` and `updates.NAME`; not copies."""
-        state = {f"exp_avg.{name}": tensor for name, tensor in self.exp_avg.items()}
-        state |= {f"exp_avg_sq.{name}": tensor for name, tensor in self.exp_avg_sq.items()}
+        """All that an exact resume needs: `mean.NAME`, `square.NAME`, their scales, `updates.NAME`; not copies."""
+        parts = ((name, part, tensor) for name, state in self.states.items() for part, tensor in vars(state).items())
+        state = {f"{part}.{name}": tensor for name, part, tensor in parts}
         return state | {f"updates.{name}": torch.tensor(count) for name, count in self.updates.items()}
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
@@ -90,40 +125,34 @@ class AdamW:
                 f"The optimizer state {side} {name!r}. Do lora.targets and train.method agree with it?"
             )
         for name, tensor in own.items():
-            if tensor.shape != state[name].shape:
+            if tensor.shape != state[name].shape or tensor.dtype != state[name].dtype:
                 raise CheckpointError(
-                    f"The optimizer state {name!r} wants shape {tuple(tensor.shape)}, "
-                    f"found {tuple(state[name].shape)}. Is lora.rank the one it was saved with?"
+                    f"The optimizer state {name!r} wants {tensor.dtype} of shape {tuple(tensor.shape)}, found "
+                    f"{state[name].dtype} of {tuple(state[name].shape)}. Are lora.rank and train.optimizer_bits those "
+                    "it was saved with?"
                 )
-        for name in self.parameters:
-            self.exp_avg[name].copy_(state[f"exp_avg.{name}"])
-            self.exp_avg_sq[name].copy_(state[f"exp_avg_sq.{name}"])
+        for name, tensor in own.items():
+            if not name.startswith("updates."):
+                tensor.copy_(state[name])
         self.updates = {name: int(state[f"updates.{name}"]) for name in self.parameters}
-
-    def _decay(self, parameters: list[Parameter], lr: float) -> None:
-        matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-        if self.weight_decay and matrices:
-            torch._foreach_mul_(matrices, 1 - lr * self.weight_decay)
-
-
-def _zeros(parameter: Parameter) -> Tensor:
-    return torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
-    """Scales all gradients in place so that their common norm is at most `max_norm`; 0 only measures.
-
-    Returns the norm before scaling, an fp32 scalar on the device: reading it waits, this function does not. A norm that
-    is not finite makes the gradients so; the caller looks before it steps.
-    """
+def gradient_norm(parameters: Iterable[Parameter]) -> Tensor:
+    """The common norm of all gradients, an fp32 scalar on the device: reading it waits, this function does not."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
-    if max_norm:
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of this `norm` are multiplied by so that it is at most `max_norm`; 1 for a `max_norm` of 0.
+
+    NaN for a norm that is not finite, under which an optimizer moves nothing.
+    """
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else torch.ones_like(norm)
+    return factor + norm * 0
 
 
 SCHEDULES = {  # what is left of the learning rate when `progress`, 0 ... 1, of the steps after the warm-up are done

@@ -16,15 +16,28 @@ from pathlib import Path
 
 from lumen import schema
 from lumen.errors import SpecError, closest
+from lumen.text_half import TextHalfPage
 
 Number = int | float | str | list[int | float | str]  # a value, a key of config.json, or alternatives
+Flag = bool | str  # a value, or a key of config.json
+Key = str | None  # a key of config.json, or none
 
-ROPE_KINDS = {"plain": (), "linear": ("factor",), "llama3": ("factor", "low", "high", "trained_length")}
+ROPE_KINDS = {  # what each kind reads beside theta
+    "plain": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low", "high", "trained_length"),
+    "yarn": (
+        *("factor", "trained_length", "beta_fast", "beta_slow", "truncate"),
+        *("attention_factor", "mscale", "mscale_all_dim"),
+    ),
+    "longrope": ("factor", "trained_length", "short", "long", "attention_factor"),
+}
 CHOICES = {
     "block.norm": ("rms", "rms_plus_one"),
     "block.norm_at": ("before", "around"),
     "block.mlp": ("silu", "gelu_tanh"),
     "attention.qk_norm": ("none", "head"),
+    "experts.shared_gate": ("none", "sigmoid"),
 }
 
 
@@ -33,6 +46,20 @@ class BlockPage:
     norm: str = "rms"
     norm_at: str = "before"
     mlp: str = "silu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsPage:
+    """A mixture of experts in the place of the MLP, in some layers or all; absent: every layer has an MLP."""
+
+    count: Number  # X, experts of a sparse layer
+    per_token: Number  # those that a token is sent to
+    width: Number  # inner width of one expert
+    normalize: Flag  # the weights of a token's experts are scaled to a sum of 1
+    shared: Number = 0  # inner width of the expert that every token is sent to; 0 = there is none
+    shared_gate: str = "none"
+    step: Number = 1  # sparse are the layers step − 1, 2 · step − 1, …
+    dense: Key = None  # lists layers that are not sparse whatever `step` says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +80,21 @@ class AttentionPage:
 
 @dataclass(frozen=True, kw_only=True)
 class RopePage:
-    kind: str
+    kind: str | list[str]  # a list: the one that rope_scaling.rope_type names; it calls the plain kind "default"
     theta: Number
+    partial: Number = 1.0  # the share of a head that turns, from its first component on
     factor: Number = 1.0
     low: Number = 0.0
     high: Number = 0.0
     trained_length: Number = 0
+    beta_fast: Number = 32.0
+    beta_slow: Number = 1.0
+    truncate: str = ""  # a key of config.json; true where there is none
+    short: str = ""  # keys of lists
+    long: str = ""
+    attention_factor: Number = 0.0  # 0: as the kind derives it
+    mscale: Number = 0.0
+    mscale_all_dim: Number = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,18 +112,38 @@ class GGUFPage:
     arch: str
     extra: list[str] = field(default_factory=list)  # tensors that GGUF wants and a checkpoint lacks
     metadata: dict[str, str] = field(default_factory=dict)  # key under the arch → (dotted) field of ModelSpec
+    normalizes_experts: bool = False  # what llama.cpp does, whatever the file says
     width_scale_depth: int = 0  # at this depth llama.cpp scales q·k by dim / heads, at any other by head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatPage:
-    """The family's turns as [before, after]; used where a checkpoint brings no template of its own."""
+    """The family's turns as [before, after]; used where a checkpoint brings no template of its own.
+
+    `{bos}` and `{eos}` stand for the tokenizer's own tokens, `{today}` for the day as 2026-11-22.
+    """
 
     begin: str = ""
     system: list[str] = field(default_factory=list)
+    system_in_user: bool = False  # the system text opens the first user turn, before the user's words
+    default_system: str | None = None  # the system text of a conversation without one; None: no system turn then
     user: list[str]
     assistant: list[str]
+    prompt: str | None = None  # what opens an answer to be generated; None: what opens the assistant's turn
+    last_after: str | None = None  # closes the last answer of a training text; None: as any other
+    think: list[str] = field(default_factory=list)  # around the thoughts of the last answer; the history drops them
     trim: bool = False  # words are stripped of blanks at both ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatPage:
+    """A chat format with a name of its own, not bound to a family: a page of `model_specs/chat/`."""
+
+    name: str
+    aliases: list[str] = field(default_factory=list)
+    source: str  # where the text of the turns is published
+    eos_may_end_turns: bool  # EOS takes the place of the end of a turn where the vocabulary has no such token
+    chat: ChatPage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +157,13 @@ class Page:
     attention: AttentionPage
     rope: dict[str, RopePage]
     logits: LogitsPage = LogitsPage()
+    experts: ExpertsPage | None = None
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
     tensors: dict[str, list[str] | dict]
     lora: LoraPage
     gguf: GGUFPage
     chat: ChatPage | None = None
+    text_half: TextHalfPage | None = None  # vision checkpoints whose text half this family is
 
 
 def page_names() -> list[str]:
@@ -123,6 +181,23 @@ def read_page(name: str) -> Page:
     return page
 
 
+def read_format_pages() -> list[FormatPage]:
+    """All pages of `model_specs/chat/`, by name; SpecError for one of unknown words."""
+    files = [file for file in (_pages() / "chat").iterdir() if file.name.endswith(".toml")]
+    return [
+        schema.read(FormatPage, tomllib.loads(file.read_text("utf-8")), f"model_specs/chat/{file.name}", SpecError)
+        for file in sorted(files, key=lambda file: file.name)
+    ]
+
+
+def lookup(config: dict, key: str) -> object:
+    """The value of a dotted key of `config.json`, or None."""
+    value: object = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
 def _pages() -> resources.abc.Traversable:
     """`model_specs/`: inside the package when installed from a wheel, beside it in a checkout."""
     packaged = resources.files("lumen") / "model_specs"
@@ -133,11 +208,16 @@ def _check_words(page: Page, where: str) -> None:
     """Refuses words that no code implements."""
     for key, choices in CHOICES.items():
         section, name = key.split(".")
-        if (word := getattr(getattr(page, section), name)) not in choices:
+        if (found := getattr(page, section)) is None:  # a section that the page leaves out
+            continue
+        if (word := getattr(found, name)) not in choices:
             raise SpecError(f"{where}: {key} is {word!r}; known: {', '.join(choices)}.{closest(word, choices)}")
     for kind, rope in page.rope.items():
-        if rope.kind not in ROPE_KINDS:
-            raise SpecError(f"{where}: rope.{kind}.kind is {rope.kind!r}; known: {', '.join(ROPE_KINDS)}.")
+        if kind != "full" and not isinstance(rope.kind, str):
+            raise SpecError(f"{where}: rope.{kind}.kind wants one word; config.json chooses among those of rope.full.")
+        for word in [rope.kind] if isinstance(rope.kind, str) else rope.kind:
+            if word not in ROPE_KINDS:
+                raise SpecError(f"{where}: rope.{kind}.kind is {word!r}; known: {', '.join(ROPE_KINDS)}.")
     if unknown := set(page.attention.layers) - {"full", "window"}:
         raise SpecError(f"{where}: attention.layers names {sorted(unknown)}; known: full, window.")
     if unknown := set(page.attention.bias) - {"q", "k", "v", "o"}:

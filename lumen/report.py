@@ -97,6 +97,7 @@ def _cells(line: Mapping[str, float], total: int, left_s: float) -> list[tuple[s
         ("lr", 8, f"{line['learning_rate']:.2e}"),
         ("grad norm", 9, f"{line['grad_norm']:.3f}"),
         ("tokens/s", 9, f"{line['tokens_per_s']:,.0f}"),
+        *([("TFLOP/s", 7, f"{line['tflops']:,.0f}")] if "tflops" in line else []),
         ("memory", 9, _bytes(line["peak_memory_bytes"])),
         ("left", 7, _duration(left_s)),
     ]

@@ -44,7 +44,8 @@ from lumen.formats.safetensors import open_file, write_file
 MAY_CHANGE = {
     *("train.epochs", "train.steps", "train.eval_every", "train.save_every", "train.sample_every"),
     *("sample.prompts", "sample.max_tokens", "sample.temperature", "data.eval", "output.folder"),
-    *("train.keep_checkpoints", "train.recompute"),
+    *("train.keep_checkpoints", "train.keep", "train.offload", "train.memory_gib", "train.graph", "train.profile"),
+    "model.offline",
 }
 
 

@@ -82,6 +82,6 @@ def _explain(complaint: str, data: dict) -> str:
 
 def _value_at(data: object, path: str) -> object:
     """The value at msgspec's path; the container itself where the path says `[...]`, for any of its members."""
-    for name, index in re.findall(r"\.([^.\[]+)|\[(\d+)\]", path):
+    for name, index in re.findall(r"\.([^.\[\]]+)|\[(\d+)\]", path):
         data = data[name] if name else data[int(index)]
     return data

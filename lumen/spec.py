@@ -5,17 +5,20 @@ plain values, one record per layer, no string that means a key of `config.json`.
 model reads its `ModelSpec`.
 """
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
-from lumen.errors import SpecError, closest
-from lumen.names import ModuleName, NameTable
-from lumen.page import ROPE_KINDS, ChatPage, GGUFPage, Number, Page, RopePage, page_names, read_page
+from lumen.errors import SpecError
+from lumen.expert_spec import EXACT, ExpertsSpec, bind_experts, size_keys, sparse_layers
+from lumen.model_config import LAYER_TYPES, read_config
+from lumen.names import ModuleName, NameTable, Part, TensorName
+from lumen.page import ChatPage, GGUFPage, Number, Page, lookup, page_names, read_page
+from lumen.rope_spec import GGUF_TENSORS, RopeSpec, bind_ropes
+from lumen.text_half import REFUSED, TextHalfPage
 
-LAYER_TYPES = {"full": "full_attention", "window": "sliding_attention"}  # what config.json calls our kinds of layer
 DIMS = {  # ModelSpec field → key of config.json; the same words in every family that lumen knows
     "dim": "hidden_size",
     "depth": "num_hidden_layers",
@@ -30,34 +33,11 @@ DIMS = {  # ModelSpec field → key of config.json; the same words in every fami
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopeSpec:
-    """One kind of rotary position: see `nn/rope.py` for what each kind computes from these."""
-
-    kind: str
-    theta: float
-    factor: float = 1.0
-    low: float = 0.0
-    high: float = 0.0
-    trained_length: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     kind: str  # full | window
     window: int  # tokens that a query sees, itself included; 0 = all
     rope: RopeSpec
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorName:
-    """One tensor of a model: its three names, its shape, and how its values go into a GGUF file."""
-
-    role: str  # blocks.3.attn.q.weight
-    checkpoint: str
-    gguf: str
-    shape: tuple[int, ...]
-    transform: str
-    heads: int  # heads in the tensor's rows, for `rope_pairs`
+    sparse: bool  # experts in the place of the MLP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +65,13 @@ class ModelSpec:
     embed_scale: float | str
     tied: bool
     logits_softcap: float
+    experts: ExpertsSpec | None  # None where every layer has an MLP
     names: NameTable
     lora_targets: tuple[str, ...]
     gguf: GGUFPage
     chat: ChatPage | None
-    config: dict  # config.json as it was read, in the hub's classic spelling
+    config: dict  # config.json as it was read, in the hub's classic spelling; the text half of a vision model's
+    text_half: TextHalfPage | None = None  # how a vision checkpoint names its tensors, where this is one's text half
 
     @property
     def rope(self) -> RopeSpec:
@@ -106,30 +88,44 @@ class ModelSpec:
         """Tokens that a query of a window layer sees; 0 where there are none."""
         return max(layer.window for layer in self.layers)
 
+    @property
+    def length_without_windows(self) -> int:
+        """Tokens up to which a runtime that knows no windows gives this model's answers."""
+        return min(self.context_length, self.window or self.context_length)
+
     def tensors(self) -> Iterator[TensorName]:
         """Every tensor that a checkpoint of this model holds, in the order of the page."""
+        ends: dict[str, int] = {}  # rows of each checkpoint tensor that earlier roles have taken
         for name in self.names:
             part = _part(name.role)
             if part == "head" and self.tied:
                 continue
-            shape = self._shape(part)
+            shape = self._shape(part, self._is_sparse(name.role))
             if shape is None:  # a row for a module that this model's switches leave out
                 continue
-            yield self._tensor(name, "weight", shape)
+            yield self._tensor(name, "weight", shape, ends)
             if part.removeprefix("attn.") in self.bias and part.startswith("attn."):
-                yield self._tensor(name, "bias", shape[:1])
+                yield self._tensor(name, "bias", shape[:1], ends)
 
-    def _tensor(self, name: ModuleName, kind: str, shape: tuple[int, ...]) -> TensorName:
+    def _tensor(self, name: ModuleName, kind: str, shape: tuple[int, ...], ends: dict[str, int]) -> TensorName:
+        checkpoint = f"{name.checkpoint}.{kind}"
+        first = ends.get(checkpoint, 0)
+        ends[checkpoint] = first + shape[0]
         return TensorName(
             role=f"{name.role}.{kind}",
-            checkpoint=f"{name.checkpoint}.{kind}",
+            checkpoint=checkpoint,
             gguf=f"{name.gguf}.{kind}",
             shape=shape,
             transform=name.transform,
             heads=self.kv_heads if name.role.endswith("attn.k") else self.heads,
+            parts=_stacked_parts(name, kind, shape) or (Part(name=checkpoint, first=first, rows=shape[0]),),
+            exact=_part(name.role) in EXACT,
         )
 
-    def _shape(self, part: str) -> tuple[int, ...] | None:
+    def _is_sparse(self, role: str) -> bool:
+        return role.startswith("blocks.") and self.layers[int(role.split(".")[1])].sparse
+
+    def _shape(self, part: str, sparse: bool) -> tuple[int, ...] | None:
         q_dim, kv_dim = self.heads * self.head_dim, self.kv_heads * self.head_dim
         shapes = {
             "embed": (self.vocab, self.dim),
@@ -149,12 +145,21 @@ class ModelSpec:
             shapes |= {"attn_post_norm": (self.dim,), "mlp_post_norm": (self.dim,)}
         if self.qk_norm == "head":
             shapes |= {"attn.q_norm": (self.head_dim,), "attn.k_norm": (self.head_dim,)}
+        if sparse:
+            shapes = {key: shape for key, shape in shapes.items() if not key.startswith("mlp.")}
+            shapes |= self.experts.shapes(self.dim)
         return shapes.get(part)
 
 
 def _part(role: str) -> str:
     """`attn.q` of `blocks.3.attn.q`; a role outside the blocks is its own part."""
     return role.split(".", 2)[2] if role.startswith("blocks.") else role
+
+
+def _stacked_parts(name: ModuleName, kind: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+    """Where the slices of a stack lie; none for what is no stack."""
+    slices = enumerate(name.modules) if name.stack else ()
+    return tuple(Part(name=f"{module}.{kind}", first=0, rows=shape[1], index=index) for index, module in slices)
 
 
 # Pages and config.json ------------------------------------------------------------------------------------------------
@@ -177,14 +182,30 @@ class Family:
         """The page `model_specs/NAME.toml`; SpecError for an unknown name or a page of unknown words."""
         return Family(read_page(name))
 
+    @property
+    def architectures(self) -> list[str]:
+        """What `config.json` may call the family: its own name, then the vision models that hold it."""
+        return [self.page.architecture, *(self.page.text_half.architectures if self.page.text_half else ())]
+
+    @property
+    def size_keys(self) -> dict[str, str]:
+        """The words of the page's `[sizes]` → the keys of config.json that hold the same."""
+        keys = DIMS | {"layers": DIMS["depth"], "kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
+        return keys | (size_keys(self.page.experts) if self.page.experts else {})
+
     def mismatches(self, config: dict) -> list[str]:
         """Why `[match]` does not hold for `config`, one sentence a row; empty when it holds."""
-        found = {key: _lookup(config, key) for key in self.page.match}
+        found = {key: lookup(config, key) for key in self.page.match}
         return [
             f"{self.page.name} wants {key} = {wanted}, found {found[key]!r}"
             for key, wanted in self.page.match.items()
             if not _allows(wanted, found[key])
         ]
+
+    def _half(self, config: dict) -> TextHalfPage | None:
+        """The page's `[text_half]`, where `config` is that of a vision checkpoint which it names."""
+        half = self.page.text_half
+        return half if half is not None and _architecture(config) in half.architectures else None
 
     def bind(self, config: dict, where: str = "config.json") -> ModelSpec:
         """The page with the numbers of one checkpoint.
@@ -194,41 +215,26 @@ class Family:
 
         Refuses, with SpecError, what `[expect]` does not allow, keys that are missing, and sizes that disagree.
         """
-        page = self.page
+        page, half = self.page, self._half(config)
+        if half is not None:
+            config = half.defaults | config | {"architectures": [page.architecture]}
         _check_expectations(page, config, where)
-        sizes = {name: _integer(config, key, where) for name, key in DIMS.items()}
-        depth = sizes.pop("depth")
-        heads, dim = sizes["heads"], sizes["dim"]
-        kv_heads = _integer(config, "num_key_value_heads", where, heads)
-        if heads % kv_heads:
-            raise SpecError(f"{where}: num_key_value_heads is {kv_heads}, which does not divide the {heads} heads.")
-        if config.get("head_dim") is None and dim % heads:
-            raise SpecError(f"{where}: hidden_size {dim} is not a multiple of {heads} heads, and there is no head_dim.")
-        head_dim = _integer(config, "head_dim", where, dim // heads)
-        if head_dim % 2:
-            raise SpecError(f"{where}: head_dim is {head_dim}; rotary positions want an even one.")
-        known = config | {"head_dim": head_dim}
-        number = _Numbers(known, where, page.name)
-        ropes = {kind: number.rope(kind, rope) for kind, rope in page.rope.items()}
-        window = int(number("attention.window", page.attention.window))
-        if "window" in page.attention.layers and window < 1:
-            raise SpecError(f"{where}: {page.attention.window} wants a window of at least 1 token, found {window}.")
-        pattern = page.attention.layers
-        kinds = [pattern[i % len(pattern)] for i in range(depth)]
-        _check_layer_types(page, config, kinds, where)
+        sizes, depth = _sizes(config, where)
+        number = _Numbers(config | {"head_dim": sizes["head_dim"]}, where, page.name)
+        ropes = bind_ropes(page, config, where, number, sizes["head_dim"])
+        if (rope := ropes["full"]).kind == "yarn":  # a config.json often names the length before yarn
+            sizes["context_length"] = max(sizes["context_length"], int(rope.factor * rope.trained_length))
+        layers = _dense_layers(page, config, where, number, ropes, depth)
+        experts = bind_experts(page.experts, config, where, number) if page.experts else None
+        sparse = sparse_layers(page.experts, config, where, number, depth) if page.experts else set()
         tensors = dict(page.tensors)
         block_rows = _flatten(tensors.pop("block", {}))
         return ModelSpec(
             **sizes,
             name=page.name,
             architecture=page.architecture,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
             norm_eps=number("norm_eps", "rms_norm_eps"),
-            layers=tuple(
-                LayerSpec(kind=kind, window=window if kind == "window" else 0, rope=ropes.get(kind, ropes["full"]))
-                for kind in kinds
-            ),
+            layers=tuple(replace(layer, sparse=index in sparse) for index, layer in enumerate(layers)),
             norm=page.block.norm,
             norm_at=page.block.norm_at,
             mlp=page.block.mlp,
@@ -239,33 +245,16 @@ class Family:
             embed_scale=page.embed.scale,
             tied=bool(config.get("tie_word_embeddings", False)) if page.embed.tied is None else page.embed.tied,
             logits_softcap=float(number("logits.softcap", page.logits.softcap)),
-            names=NameTable(_flatten(tensors), block_rows, depth, f"model_specs/{page.name}.toml"),
+            experts=experts,
+            names=NameTable(
+                _flatten(tensors), block_rows, depth, f"model_specs/{page.name}.toml", experts.count if experts else 0
+            ),
             lora_targets=tuple(page.lora.targets),
-            gguf=page.gguf,
+            gguf=replace(page.gguf, extra=[*page.gguf.extra, *GGUF_TENSORS.get(ropes["full"].kind, ())]),
             chat=page.chat,
             config=config,
+            text_half=half,
         )
-
-
-def read_config(folder: Path | str) -> dict:
-    """`config.json` of a model folder, in the hub's classic spelling.
-
-    Newer writers put `rope_theta` and the scaling into `rope_parameters` and call `torch_dtype` `dtype`; both spellings
-    come out as `rope_theta`, `rope_scaling` (always there, with `rope_type`; "default" means none) and `torch_dtype`.
-    Where each kind of layer has parameters of its own, those of the window layers come out as `rope_local_base_freq`.
-    """
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise SpecError(
-            f"{path} does not exist. A model is a folder with config.json, safetensors and a tokenizer."
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise SpecError(f"{path}: wanted a JSON object, found {type(config).__name__}.")
-    return _classic_spelling(config, str(path))
 
 
 def find_family(config: dict, where: str = "config.json") -> Family:
@@ -273,13 +262,14 @@ def find_family(config: dict, where: str = "config.json") -> Family:
 
     SpecError when no page knows the architecture, none matches, or two match equally well.
     """
-    named = config.get("architectures") or []
-    architecture = named[0] if isinstance(named, list) and named else named
+    architecture = _architecture(config)
     families = [Family.load(name) for name in Family.names()]
-    same = [family for family in families if family.page.architecture == architecture]
+    same = [family for family in families if architecture in family.architectures]
     if not same:
-        known = sorted({family.page.architecture for family in families})
-        hint = closest(str(architecture), known)
+        known = sorted({known for family in families for known in family.architectures})
+        near = get_close_matches(architecture, known, n=1)
+        hint = f" The nearest known is {near[0]!r}, whose arithmetic may differ." if near else ""
+        hint = REFUSED.get(architecture, hint)
         raise SpecError(
             f"{where}: architectures is {architecture!r}, which no page describes.{hint} Known: {', '.join(known)}."
         )
@@ -302,43 +292,42 @@ def load_family(folder: Path | str) -> ModelSpec:
     return find_family(config, where).bind(config, where)
 
 
-def _classic_spelling(config: dict, where: str) -> dict:
-    config = dict(config)
-    if "dtype" in config:
-        config.setdefault("torch_dtype", config.pop("dtype"))
-    scaling = config.get("rope_scaling") or {}
-    if parameters := config.pop("rope_parameters", None):
-        if not isinstance(parameters, dict):
-            raise SpecError(f"{where}: rope_parameters wants an object, found {parameters!r}.")
-        scaling = dict(parameters)
-        if windowed := scaling.pop(LAYER_TYPES["window"], None):
-            config["rope_local_base_freq"] = _plain_theta(windowed, where)
-        scaling = dict(scaling.pop(LAYER_TYPES["full"], scaling))
-        config["rope_theta"] = scaling.pop("rope_theta", config.get("rope_theta"))
-    if not isinstance(scaling, dict):
-        raise SpecError(f"{where}: rope_scaling wants an object, found {scaling!r}.")
-    scaling = dict(scaling)
-    scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type") or "default"
-    # what stands beside "default" does not count, as in transformers
-    config["rope_scaling"] = {"rope_type": "default"} if scaling["rope_type"] == "default" else scaling
-    return config
+def _architecture(config: dict) -> str:
+    named = config.get("architectures") or "unnamed"
+    return str(named[0] if isinstance(named, list) else named)
 
 
-def _plain_theta(parameters: dict, where: str) -> float | None:
-    """`rope_theta` of the window layers, whose positions no known family scales."""
-    if (kind := parameters.get("rope_type", "default")) != "default":
-        raise SpecError(
-            f"{where}: rope_parameters.{LAYER_TYPES['window']}.rope_type is {kind!r}; only 'default' is known there."
+def _sizes(config: dict, where: str) -> tuple[dict[str, int], int]:
+    """The sizes of a `ModelSpec` by the names of its fields, and the number of its layers."""
+    sizes = {name: _integer(config, key, where) for name, key in DIMS.items()}
+    heads, dim = sizes["heads"], sizes["dim"]
+    kv_heads = _integer(config, "num_key_value_heads", where, heads)
+    if heads % kv_heads:
+        raise SpecError(f"{where}: num_key_value_heads is {kv_heads}, which does not divide the {heads} heads.")
+    if config.get("head_dim") is None and dim % heads:
+        raise SpecError(f"{where}: hidden_size {dim} is not a multiple of {heads} heads, and there is no head_dim.")
+    head_dim = _integer(config, "head_dim", where, dim // heads)
+    if head_dim % 2:
+        raise SpecError(f"{where}: head_dim is {head_dim}; rotary positions want an even one.")
+    depth = sizes.pop("depth")
+    return sizes | {"kv_heads": kv_heads, "head_dim": head_dim}, depth
+
+
+def _dense_layers(
+    page: Page, config: dict, where: str, number: "_Numbers", ropes: dict[str, RopeSpec], depth: int
+) -> list[LayerSpec]:
+    """What attention is in each layer; which of them have experts is another matter."""
+    window, pattern = int(number("attention.window", page.attention.window)), page.attention.layers
+    if "window" in pattern and window < 1:
+        raise SpecError(f"{where}: {page.attention.window} wants a window of at least 1 token, found {window}.")
+    kinds = [pattern[i % len(pattern)] for i in range(depth)]
+    _check_layer_types(page, config, kinds, where)
+    return [
+        LayerSpec(
+            kind=kind, window=window if kind == "window" else 0, rope=ropes.get(kind, ropes["full"]), sparse=False
         )
-    return parameters.get("rope_theta")
-
-
-def _lookup(config: dict, key: str) -> object:
-    """The value of a dotted key, or None."""
-    value: object = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
+        for kind in kinds
+    ]
 
 
 def _integer(config: dict, key: str, where: str, default: int | None = None) -> int:
@@ -361,7 +350,7 @@ class _Numbers:
     def __call__(self, what: str, value: Number) -> float:
         options = value if isinstance(value, list) else [value]
         for option in options:
-            found = _lookup(self.config, option) if isinstance(option, str) else option
+            found = lookup(self.config, option) if isinstance(option, str) else option
             if found is None:
                 continue
             if not isinstance(found, int | float) or isinstance(found, bool):
@@ -370,20 +359,6 @@ class _Numbers:
         raise SpecError(
             f"{self.where}: {what} of page {self.page!r} wants {' or '.join(map(repr, options))}, found neither."
         )
-
-    def rope(self, kind: str, page: RopePage) -> RopeSpec:
-        wanted = {name: self(f"rope.{kind}.{name}", getattr(page, name)) for name in ROPE_KINDS[page.kind]}
-        spec = RopeSpec(kind=page.kind, theta=float(self(f"rope.{kind}.theta", page.theta)), **wanted)
-        if spec.theta <= 0 or spec.factor < 1:
-            raise SpecError(
-                f"{self.where}: rope wants theta > 0 and factor >= 1, found {spec.theta} and {spec.factor}."
-            )
-        if page.kind == "llama3" and not (0 < spec.low < spec.high and spec.trained_length > 0):
-            raise SpecError(
-                f"{self.where}: rope_scaling wants 0 < low_freq_factor < high_freq_factor and a trained length, "
-                f"found {spec.low}, {spec.high} and {spec.trained_length}."
-            )
-        return spec
 
 
 def _flatten(rows: dict, prefix: str = "") -> dict[str, list[str]]:
@@ -396,7 +371,7 @@ def _flatten(rows: dict, prefix: str = "") -> dict[str, list[str]]:
 
 def _check_expectations(page: Page, config: dict, where: str) -> None:
     for key, wanted in page.expect.items():
-        found = _lookup(config, key)
+        found = lookup(config, key)
         if found is not None and not _allows(wanted, found):
             allowed = wanted if isinstance(wanted, list) else [wanted]
             raise SpecError(

@@ -7,31 +7,62 @@ itself.
 import argparse
 import json
 import math
-import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.nn import Parameter
 
-from lumen.adapter import attach_lora, save_adapter
+from lumen.adapter import save_adapter
+from lumen.capture import Passes
 from lumen.checkpoint import choose_dtype, load_model, save_model, stored_dtype
-from lumen.config import RunConfig, list_recipes, load_config, read_recipe, schema_json
+from lumen.config import Lora, RunConfig, list_recipes, load_config, read_recipe, schema_json
+from lumen.data.batch import Batch
 from lumen.data.packing import Packed
+from lumen.embeddings import learned_whole
 from lumen.errors import CheckpointError, ConfigError, LumenError
 from lumen.models.decoder import Decoder
 from lumen.objectives.base import Objective
 from lumen.objectives.examples import load_examples
 from lumen.objectives.sft import SFT, mean_loss
-from lumen.optim import AdamW, clip_gradients, learning_rate
+from lumen.optim import AdamW, clip_factor, gradient_norm, learning_rate
+from lumen.plan import flops_per_token, keep
+from lumen.profile import peak_memory_bytes, recorded
 from lumen.report import Progress, write_loss_plot, write_report
 from lumen.run import Checkpoint, Run, StopSignal, random_state, restore_random_state
 from lumen.sampling import generate
-from lumen.source import locate
+from lumen.source import pin_model
 from lumen.text.tokenizer import Tokenizer
 from lumen.text.turns import question_ids
+from lumen.trainable import make_optimizer, make_trainable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What one step measured; the tensors may still be on their way."""
+
+    step: int
+    epoch: float
+    tokens: int
+    loss: torch.Tensor
+    norm: torch.Tensor
+    learning_rate: float
+    sources: tuple[str, ...]
+
+    @classmethod
+    def of(cls, trainer: "Trainer", micro: list[Batch], loss: torch.Tensor, norm: torch.Tensor, lr: float) -> "Update":
+        return cls(
+            step=trainer.step + 1,
+            epoch=round(trainer.objective.epochs_done(), 4),
+            tokens=sum(int(batch.filled) for batch in micro),
+            loss=loss,
+            norm=norm,
+            learning_rate=lr,
+            sources=tuple(source for batch in micro for source in batch.sources),
+        )
 
 
 @dataclass
@@ -41,6 +72,8 @@ class Trainer:
     run: Run
     model: Decoder
     tokenizer: Tokenizer
+    base: str  # path or id of the base model, as the adapter names it
+    lora: Lora  # what the adapter was attached with
     objective: Objective
     optimizer: AdamW
     evaluation: Packed | None
@@ -48,6 +81,13 @@ class Trainer:
     step: int = 0  # finished updates
     tokens: int = 0  # that went through the model
     began_s: float = field(default_factory=time.monotonic)
+    clock_s: float = 0.0  # when the last line was logged
+    captures: bool = False  # whether a step is run as a CUDA graph
+
+    def __post_init__(self):
+        self.healthy = torch.zeros((), device=self.model.device)
+        learns_base = self.config.train.method == "full"
+        self.flops_per_token = flops_per_token(self.model.spec, self.objective.packed, learns_base=learns_base)
 
     @property
     def config(self) -> RunConfig:
@@ -57,42 +97,75 @@ class Trainer:
         """Steps until the last, or until a signal asks to stop; the model and the run's folder change as it goes."""
         config, objective, model = self.config.train, self.objective, self.model
         schedule = {name: getattr(config, name) for name in ("lr", "schedule", "warmup_steps", "warmup_fraction")}
-        batches = objective.batches(model)
+        batches, parameters = objective.batches(model), self.optimizer.parameters.values()
+        passes = Passes(model, objective.loss, capture=self.captures)
+        pending: Update | None = None  # on a GPU an update is read while the next one runs
         if self.step == 0 and not any(self.run.metrics()):
             self.evaluate(progress)
             self.sample(progress)
+        self.clock_s = time.monotonic()
         while self.step < self.steps and not stop.requested:
-            began_s = time.monotonic()
-            micro = [batch.to(model.device) for batch in next(batches)]
-            count = sum(batch.counted for batch in micro).clamp(min=1)
-            total = torch.zeros((), device=model.device)
-            for batch in micro:
-                loss = objective.loss(model, batch)
-                loss.total.backward()
-                total += loss.total.detach()
-            # divided after the backward pass: sums keep the small gradients of float16 above zero
-            torch._foreach_div_([p.grad for p in self.optimizer.parameters.values() if p.grad is not None], count)
-            norm = clip_gradients(self.optimizer.parameters.values(), config.clip)
-            self._refuse_divergence(total / count, norm, [source for batch in micro for source in batch.sources])
-            lr = learning_rate(self.step, self.steps, **schedule)
-            self.optimizer.step(lr)
-            self.optimizer.zero_grad()
+            micro = next(batches)
+            count = max(sum(int(batch.counted) for batch in micro), 1)
+            with self._profiled():
+                total = sum(passes.run(batch).total for batch in micro)
+                # divided after the backward pass: sums keep the small gradients of float16 above zero
+                norm = gradient_norm(parameters) / count
+                self.healthy += (total + norm) * 0  # NaN from the first loss or gradient on that is not finite
+                lr = learning_rate(self.step, self.steps, **schedule)
+                update = Update.of(self, micro, total / count, norm, lr)
+                if model.device.type == "cpu":
+                    self._refuse_divergence(update)
+                self.optimizer.step(lr, clip_factor(norm, config.clip) / count + self.healthy)
+                self.optimizer.zero_grad(keep=passes.capture)
             self.step += 1
-            tokens = int(sum(batch.filled for batch in micro))
-            self.tokens += tokens
-            line = {
-                "step": self.step,
-                "epoch": round(objective.epochs_done(), 4),
-                "tokens": self.tokens,
-                "loss": (total / count).item(),
-                "learning_rate": lr,
-                "grad_norm": norm.item(),
-                "tokens_per_s": tokens / (time.monotonic() - began_s),
-                "peak_memory_bytes": peak_memory_bytes(model.device),
-            }
-            self.run.log(line)
-            progress.step(line)
-            self._at_step(progress)
+            pending, done = update, pending
+            if done is not None:
+                self._log(done, progress)
+            if self._pauses() or stop.requested or model.device.type == "cpu":
+                self._log(pending, progress)
+                pending = None
+                self._at_step(progress)
+                self.clock_s = time.monotonic()
+        if pending is not None:
+            self._log(pending, progress)
+
+    def _log(self, update: "Update", progress: Progress) -> None:
+        """Reads what an update measured, which waits for it, and writes its line."""
+        self._refuse_divergence(update)
+        self.tokens += update.tokens
+        now_s = time.monotonic()
+        tokens_per_s, self.clock_s = update.tokens / (now_s - self.clock_s), now_s
+        line = {
+            "step": update.step,
+            "epoch": update.epoch,
+            "tokens": self.tokens,
+            "loss": update.loss.item(),
+            "learning_rate": update.learning_rate,
+            "grad_norm": update.norm.item(),
+            "tokens_per_s": tokens_per_s,
+            "peak_memory_bytes": peak_memory_bytes(self.model.device),
+        }
+        if self.model.device.type == "cuda":
+            line["tflops"] = tokens_per_s * self.flops_per_token / 1e12
+        self.run.log(line)
+        progress.step(line)
+
+    @contextmanager
+    def _profiled(self) -> Iterator[None]:
+        """Records the fifth step, or the last of a shorter run, where train.profile asks for it."""
+        if not self.config.train.profile or self.step != min(4, self.steps - 1):
+            yield
+            return
+        with recorded(self.run.folder, self.model.device):
+            yield
+
+    def _pauses(self) -> bool:
+        """Whether something is due after this update that reads or writes the run as it stands."""
+        config = self.config.train
+        return self.step == self.steps or any(
+            _due(self.step, every) for every in (config.save_every, config.eval_every, config.sample_every)
+        )
 
     def _at_step(self, progress: Progress) -> None:
         """What the configuration wants after this update, and in any case after the last; saving comes first."""
@@ -104,16 +177,17 @@ class Trainer:
         if last or _due(self.step, config.sample_every):
             self.sample(progress)
 
-    def _refuse_divergence(self, loss: torch.Tensor, norm: torch.Tensor, sources: list[str]) -> None:
-        """LumenError for a loss or gradient that is not finite, before the optimizer has moved anything."""
-        if math.isfinite(loss.item()) and math.isfinite(norm.item()):
+    def _refuse_divergence(self, update: "Update") -> None:
+        """LumenError for a loss or gradient that is not finite; the optimizer has moved nothing since."""
+        loss, norm, sources = update.loss.item(), update.norm.item(), update.sources
+        if math.isfinite(loss) and math.isfinite(norm):
             return
         self.optimizer.zero_grad()
         named = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
         raise LumenError(
-            f"Step {self.step + 1}: the loss is {loss.item()} and the gradient's norm {norm.item()}; nothing was "
-            f"updated. The batch: {named}. Look at these records, else lower train.lr ({self.config.train.lr}) or "
-            "raise the warm-up. With a checkpoint (train.save_every), --resume continues from there."
+            f"Step {update.step}: the loss is {loss} and the gradient's norm {norm}; nothing was updated. The batch: "
+            f"{named}. Look at these records, else lower train.lr ({self.config.train.lr}) or raise the warm-up. With "
+            "a checkpoint (train.save_every), --resume continues from there."
         )
 
     def evaluate(self, progress: Progress) -> None:
@@ -190,7 +264,7 @@ class Trainer:
         folder = self.run.adapter_path if config.train.method == "lora" else self.run.folder / "model"
         folder.mkdir(exist_ok=True)
         if config.train.method == "lora":
-            save_adapter(self.model, folder, config.lora, config.model.path)
+            save_adapter(self.model, folder, self.lora, self.base)
         else:
             save_model(self.model, folder)
         self.tokenizer.save(folder)
@@ -208,19 +282,28 @@ def prepare(config: RunConfig, run: Run, checkpoint: Checkpoint | None) -> Train
         stored_dtype(examples.spec)  # found now, not when the result is to be saved
     # every weight that learns is an fp32 master, which the layers round to the compute dtype where they use it
     stored = "float32" if full else config.model.dtype
-    model = load_model(locate(config.model.path), dtype=stored, nf4=config.model.nf4, device=config.model.device)
+    held = {"nf4": config.model.nf4, "fp8": config.model.fp8}
+    model = load_model(examples.source.base, dtype=stored, **held, device=config.model.device)
     model.dtype = choose_dtype(config.model.dtype, model.device)
-    model.recompute = config.train.recompute
-    make_trainable(model, config)
+    lora = make_trainable(model, config, examples)
     position = checkpoint.state["position"] if checkpoint else None
     split = {"batch_size": config.train.batch_size, "accumulate": config.train.accumulate}
-    objective = SFT(examples.train, **split, seed=config.train.seed, position=position)
+    on_gpu = model.device.type == "cuda"
+    fixed = {"fixed_shapes": on_gpu and config.data.packing}
+    objective = SFT(examples.train, **split, seed=config.train.seed, position=position, **fixed)
+    optimizer = make_optimizer(model, config)
+    learned = sum(parameter.numel() for parameter in optimizer.parameters.values())
+    keep(model, config, config.train.batch_size * examples.train.longest, learned)
+    captures = on_gpu and config.train.graph and not any(keeping.moved for keeping in model.keeping)
     trainer = Trainer(
         run=run,
         model=model.train(),
         tokenizer=examples.tokenizer,
+        base=examples.source.base_path,
+        lora=lora,
         objective=objective,
-        optimizer=make_optimizer(model, config),
+        optimizer=optimizer,
+        captures=captures and config.data.packing,
         evaluation=examples.held_out,
         steps=config.train.steps or math.ceil(config.train.epochs * objective.steps_per_epoch),
     )
@@ -229,26 +312,13 @@ def prepare(config: RunConfig, run: Run, checkpoint: Checkpoint | None) -> Train
     return trainer
 
 
-def make_trainable(model: Decoder, config: RunConfig) -> None:
-    """Attaches an adapter, or lets every weight learn; in place."""
-    if config.train.method == "lora":
-        attach_lora(model, config.lora)
-    else:
-        model.requires_grad_(True)
-
-
-def make_optimizer(model: Decoder, config: RunConfig) -> AdamW:
-    train = config.train
-    parameters: list[tuple[str, Parameter]] = list(model.named_parameters())
-    return AdamW(parameters, beta1=train.beta1, beta2=train.beta2, eps=train.eps, weight_decay=train.weight_decay)
-
-
 def finetune(config: RunConfig, *, resume: bool = False) -> dict:
     """Runs `config` to its end and returns what summary.json says; the result lies in the run's folder.
 
     Progress goes to stderr. SIGINT or SIGTERM ends the run after the step at hand, everything saved, `status`
     "stopped".
     """
+    config = pin_model(config, resume=resume)
     run = Run.resume(config.output.folder, config) if resume else Run.create(config.output.folder, config)
     checkpoint, skipped = run.latest_checkpoint() if resume else (None, [])
     for reason in skipped:
@@ -305,8 +375,9 @@ def describe(trainer: Trainer) -> str:
     config, model, packed = trainer.config, trainer.model, trainer.objective.packed
     learned = sum(parameter.numel() for parameter in trainer.optimizer.parameters.values())
     rows = config.train.batch_size * config.train.accumulate
-    held = ", NF4 base" if config.model.nf4 else ""
-    how = f"LoRA rank {config.lora.rank}" if config.train.method == "lora" else "every weight"
+    held = ", NF4 base" * config.model.nf4 + ", products in 8 bits" * config.model.fp8
+    how = f"{'DoRA' if trainer.lora.dora else 'LoRA'} rank {trainer.lora.rank}"
+    how = " and ".join([how, *learned_whole(model)]) if config.train.method == "lora" else "every weight"
     cut = f" · {packed.truncated} cut to length, {packed.dropped} dropped" if packed.truncated or packed.dropped else ""
     longest = max(sum(len(example.ids) for example in row) for row in packed.rows)
     if longest > model.spec.context_length:
@@ -319,14 +390,6 @@ def describe(trainer: Trainer) -> str:
         f"steps    {trainer.step:,} to {trainer.steps:,}, {rows} rows each\n"
         f"folder   {trainer.run.folder}"
     )
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most that was held: allocated by PyTorch on a GPU, resident in the whole process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _due(step: int, every: int) -> bool:

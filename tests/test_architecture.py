@@ -11,16 +11,19 @@ PACKAGE = Path(__file__).resolve().parent.parent / "lumen"
 
 FLOORS = [  # from the ground up; a module imports from lower floors, or from its own folder
     ["errors"],
-    ["schema"],
-    ["ops", "formats", "names", "page", "config", "optim", "demo"],
+    ["schema", "hub", "text_half"],
+    ["ops", "formats", "names", "page", "config", "demo"],
+    ["optim", "rope_spec", "expert_spec", "model_config"],
     ["spec"],
-    ["nn", "text", "describe"],
-    ["data", "models"],
-    ["checkpoint"],
+    ["nn", "text", "describe", "prequantized", "mismatch", "staging"],
+    ["data", "models", "weights"],
+    ["checkpoint", "embeddings", "peft_files", "decoding"],
     ["adapter", "sampling", "run"],
     ["source"],
     ["report", "objectives", "export"],
-    ["train", "chat", "inspect"],
+    ["plan", "capture", "profile"],
+    ["trainable"],
+    ["train", "chat", "inspect", "doctor"],
 ]
 ORACLES = {"transformers", "peft", "trl", "bitsandbytes", "accelerate", "gguf", "datasets"}
 NEVERS = [  # (who, never imports)
@@ -78,6 +81,12 @@ def test_oracles_are_never_imported():
         assert not {name[0] for name in imports(path)} & ORACLES, path
 
 
+def test_the_hub_alone_reaches_a_network():
+    networks = {"huggingface_hub", "requests", "httpx", "httpx2", "urllib", "urllib3", "http", "socket", "aiohttp"}
+    importers = {part(path) for path in MODULES if networks & {name[0] for name in imports(path)}}
+    assert importers == {"hub"}
+
+
 def test_triton_is_named_in_ops_alone():
     assert {part(path) for path in MODULES if "triton" in {name[0] for name in imports(path)}} <= {"ops"}
 
@@ -89,7 +98,7 @@ def test_nothing_imports_the_training_loop():
 
 def test_only_verbs_read_arguments_or_exit():
     for path in MODULES:
-        if path.stem in ("train", "chat", "inspect", "__main__"):
+        if path.stem in ("train", "chat", "inspect", "plan", "doctor", "__main__"):
             continue
         text = path.read_text("utf-8")
         assert "sys.argv" not in text and "sys.exit" not in text, path
@@ -99,6 +108,43 @@ def test_the_package_imports_without_triton_pillow_transformers_and_without_a_mo
     hide = "import sys; sys.modules |= dict.fromkeys(['triton', 'PIL', 'transformers', 'sentencepiece', 'pyarrow'])"
     public = "import lumen; [getattr(lumen, name) for name in lumen.__all__]"
     subprocess.run([sys.executable, "-c", f"{hide}; {public}"], check=True)
+
+
+def test_the_package_alone_needs_no_dependency_and_is_imported_at_once():
+    names = "assert set(lumen.__all__) < set(dir(lumen)) and not hasattr(lumen, 'absent')"
+    nothing = "assert not {'torch', 'numpy', 'msgspec', 'rich', 'tokenizers'} & set(sys.modules), sys.modules"
+    subprocess.run([sys.executable, "-c", f"import sys, lumen; {names}; {nothing}"], check=True)
+
+
+def test_where_a_dependency_is_missing_the_doctor_still_says_so():
+    told = subprocess.run([sys.executable, "-c", WITHOUT_MSGSPEC], capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (1, "")
+    assert "lumen cannot be imported here: ModuleNotFoundError" in told.stdout
+    assert "-m pip install 'msgspec>=" in told.stdout and "torch" not in told.stdout
+
+
+WITHOUT_MSGSPEC = """
+import sys
+from importlib import metadata
+
+found = metadata.version
+
+def version(name):
+    if name == "msgspec":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+
+metadata.version, sys.modules["msgspec"] = version, None
+from lumen.doctor import main
+sys.exit(main([]))
+"""
+
+
+def test_a_run_starts_without_what_it_does_not_need_yet():
+    # each takes a tenth of a second to several
+    late = {"matplotlib", "jinja2", "PIL", "pyarrow", "huggingface_hub", "torch._dynamo", "torch._inductor", *ORACLES}
+    code = f"import sys, lumen.train; late = {late!r} & set(sys.modules); assert not late, late"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_module_opens_with_what_it_is_for():

@@ -2,7 +2,13 @@
 
 import io
 import json
+import os
+import select
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -131,10 +137,10 @@ def test_a_run_without_a_result_says_how_to_get_one(make_run, capsys):
     assert "the run has no result yet" in (message := capsys.readouterr().err) and "--resume" in message
 
 
-def converse(folder, lines, monkeypatch, capsys):
+def converse(folder, lines, monkeypatch, capsys, *arguments):
     """Exit code, answers and notes of a conversation in which `lines` are typed."""
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
-    code = main([str(folder), "--max-tokens", "8"])
+    code = main([str(folder), "--max-tokens", "8", *arguments])
     return code, *capsys.readouterr()
 
 
@@ -149,6 +155,29 @@ def test_a_system_text_opens_the_conversation(chatty, monkeypatch, capsys):
     _, out, _ = converse(chatty, ["Before?", "/system Be sad.", "One?"], monkeypatch, capsys)
     wanted = ask(chatty, [{"role": "system", "content": "Be sad."}, user("One?")])
     assert out == f"{ask(chatty, [user('Before?')])}\n{wanted}\n"
+
+
+def test_a_system_text_may_be_said_at_once(chatty, monkeypatch, capsys):
+    wanted = ask(chatty, [{"role": "system", "content": "Be sad."}, user("One?")])
+    _, out, _ = converse(chatty, ["One?", "/reset", "One?"], monkeypatch, capsys, "--system", "Be sad.")
+    assert out == f"{wanted}\n{wanted}\n"
+    assert main([str(chatty), "--max-tokens", "8", "--system", "Be sad.", "--prompt", "One?"]) == 0
+    assert capsys.readouterr().out == f"{wanted}\n"
+
+
+def test_a_model_without_a_template_has_no_place_for_a_system_text(stories, monkeypatch, capsys):
+    assert main([str(stories), "--system", "Be sad.", "--prompt", "One?"]) == 2
+    assert "no chat template, and so no place for a system text" in capsys.readouterr().err
+    code, out, err = converse(stories, ["/system Be sad.", "/system", "One"], monkeypatch, capsys)
+    assert (code, len(out.splitlines())) == (0, 1)
+    assert err.count("no place for a system text") == 1
+
+
+def test_a_line_is_saved_behind_a_last_line_without_an_end(chatty, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "talk.jsonl"
+    file.write_text('{"text": "é"}')
+    converse(chatty, ["One?", f"/save {file}"], monkeypatch, capsys)
+    assert [list(json.loads(line)) for line in file.read_text().splitlines()] == [["text"], ["messages"]]
 
 
 def test_saved_conversations_are_lines_that_a_run_can_train_on(chatty, tmp_path, monkeypatch, capsys):
@@ -171,6 +200,184 @@ def test_a_refused_line_ends_no_conversation(chatty, tmp_path, monkeypatch, caps
     assert "context is 512 tokens" in errors[3]
 
 
+@pytest.fixture
+def say(capsys):
+    """A function that asks "One?" by the command line; the object of --json, and the notes."""
+
+    def ask_once(folder, *arguments):
+        assert main([str(folder), "--prompt", "One?", "--json", *arguments]) == 0
+        out, err = capsys.readouterr()
+        return json.loads(out), err
+
+    return ask_once
+
+
+def test_an_answer_ends_before_any_of_the_stops(chatty, say):
+    free, _ = say(chatty, "--max-tokens", "60")
+    stop, other = free["answer"][40:48], free["answer"][60:66]
+    told, _ = say(chatty, "--max-tokens", "60", "--stop", other, "--stop", "never said", "--stop", stop)
+    assert (told["answer"], told["finish"]) == (free["answer"].partition(stop)[0], "stop")
+    assert told["tokens"] < free["tokens"]
+
+
+def test_why_an_answer_ended_is_told(chatty, say, monkeypatch, capsys):
+    assert say(chatty, "--max-tokens", "5")[0]["finish"] == "length"
+    told, _ = say(chatty, "--max-tokens", "100000", "--repetition-penalty", "3")
+    assert told["finish"] == "context"
+    assert "(cut off after 8 tokens; --max-tokens allows more)" in converse(chatty, ["One?"], monkeypatch, capsys)[2]
+
+
+def generation_config(folder, **values):
+    (folder / "generation_config.json").write_text(json.dumps(values))
+
+
+def test_what_a_generation_config_says_and_lumen_does_not_follow_is_named_in_one_line(chatty, capsys):
+    generation_config(chatty, no_repeat_ngram_size=3, stop_strings=["###"], num_beams=1, typical_p=1.0, max_length=20)
+    assert main([str(chatty), "--prompt", "Hi", "--max-tokens", "2"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "does not follow" in line]
+    ending = "also says what lumen does not follow: no_repeat_ngram_size 3, stop_strings ['###']"
+    assert told == [f"generation_config.json of the model {ending}"]
+    generation_config(chatty, do_sample=False, no_repeat_ngram_size=0, stop_strings=None, num_beams=1)
+    assert main([str(chatty), "--prompt", "Hi", "--max-tokens", "2"]) == 0
+    assert "does not follow" not in capsys.readouterr().err
+
+
+SAMPLED = {"do_sample": True, "temperature": 1.4, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1}
+
+
+def test_what_nobody_said_is_as_the_models_generation_config_says(chatty, say):
+    generation_config(chatty, **SAMPLED)
+    told, notes = say(chatty, "--max-tokens", "20")
+    wanted = {name: value for name, value in SAMPLED.items() if name != "do_sample"}
+    assert told["answer"] == ask(chatty, [user("One?")], max_tokens=20, **wanted)
+    assert "says: temperature 1.4, top_k 40, top_p 0.9, repetition_penalty 1.1\n" in notes
+    told, notes = say(chatty, "--max-tokens", "20", "--temperature", "0.9", "--top-k", "0", "--seed", "3")
+    wanted |= {"temperature": 0.9, "top_k": 0, "seed": 3}
+    assert told["answer"] == ask(chatty, [user("One?")], max_tokens=20, **wanted)
+    assert "says: top_p 0.9, repetition_penalty 1.1\n" in notes
+
+
+def test_a_temperature_that_is_not_to_be_sampled_by_does_not_count(chatty, say):
+    generation_config(chatty, **SAMPLED | {"do_sample": None})
+    told, notes = say(chatty, "--max-tokens", "20")
+    assert told["answer"] == ask(chatty, [user("One?")], max_tokens=20, repetition_penalty=1.1)
+    assert "says: repetition_penalty 1.1\n" in notes
+
+
+def test_sampling_without_a_temperature_has_temperature_one(chatty, say):
+    generation_config(chatty, do_sample=True)
+    told, notes = say(chatty, "--max-tokens", "20")
+    assert told["answer"] == ask(chatty, [user("One?")], max_tokens=20, temperature=1.0)
+    assert "says: temperature 1\n" in notes
+
+
+def test_a_run_samples_as_its_base_does(make_run, chatty, say):
+    generation_config(chatty, **SAMPLED)
+    assert "temperature 1.4" in say(make_run("model.nf4=false").folder, "--max-tokens", "3")[1]
+
+
+def test_cuts_without_a_temperature_are_said_to_change_nothing(chatty, say):
+    _, notes = say(chatty, "--max-tokens", "3", "--top-k", "4", "--min-p", "0.1")
+    assert "temperature is 0, which takes the likeliest token: top_k 4, min_p 0.1 changes nothing" in notes
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"do_sample": True, "temperature": "hot"}, "temperature: a number was wanted, found 'hot'"),
+        ({"do_sample": True, "top_k": 2.5}, "top_k: a number was wanted, found 2.5"),
+        (
+            {"do_sample": True, "top_p": 7},
+            "top_p must be above 0 and at most 1, found 7. Say --top-p to go without it.",
+        ),
+        ({"do_sample": "yes"}, "do_sample: true or false was wanted, found 'yes'"),
+        ({"repetition_penalty": True}, "repetition_penalty: a number was wanted, found True"),
+    ],
+)
+def test_a_generation_config_that_is_no_good_is_refused_by_its_key(chatty, values, message, capsys):
+    generation_config(chatty, **values)
+    assert main([str(chatty), "--prompt", "Hi"]) == 1
+    assert f"{chatty / 'generation_config.json'}: {message}" in capsys.readouterr().err
+
+
+OWN_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "lumen.chat", *sys.argv[1:]])
+"""
+
+
+class Terminal:
+    """`python -m lumen.chat` as a person has it: a terminal of its own, whose Ctrl-C reaches it as a signal."""
+
+    def __init__(self, *arguments):
+        self.own, other = os.openpty()
+        command = [sys.executable, "-c", OWN_TERMINAL, *arguments]
+        env = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), other)
+        self.process = subprocess.Popen(command, start_new_session=True, env=env, **streams)
+        os.close(other)
+        self.shown = ""
+
+    def type(self, text):
+        os.write(self.own, text.encode())
+
+    def read_until(self, text, timeout_s=60):
+        """What is shown up to and with `text`."""
+        end_s = time.monotonic() + timeout_s
+        while text not in self.shown:
+            assert select.select([self.own], [], [], end_s - time.monotonic())[0], self.shown
+            self.shown += os.read(self.own, 4096).decode().replace("\r", "")
+        read, _, self.shown = self.shown.partition(text)
+        return read + text
+
+
+@pytest.fixture
+def terminal(chatty):
+    # a penalty, so that it rambles on to the end of its context: time enough to press a key
+    terminal = Terminal(str(chatty), "--max-tokens", "100000", "--repetition-penalty", "3", "--system", "Be sad.")
+    yield terminal
+    terminal.process.kill()
+    terminal.process.wait()
+    os.close(terminal.own)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(terminal, chatty, tmp_path):
+    file = tmp_path / "talk.jsonl"
+    whole = ask(chatty, [{"role": "system", "content": "Be sad."}, user("One?")], max_tokens=500, repetition_penalty=3)
+    terminal.read_until("\n> ")
+    terminal.type("One?\n")
+    terminal.read_until(whole[:5])
+    terminal.type("\x03")
+    seen = whole[:5] + terminal.read_until("(interrupted)").partition("^C")[0]
+    terminal.read_until("> ")
+    terminal.type("never sent")
+    terminal.read_until("never sent")
+    terminal.type("\x03")  # a line that is not finished is dropped
+    terminal.read_until("/exit or Ctrl-D leaves\n")
+    terminal.read_until("> ")
+    terminal.type(f"/save {file}\n")
+    terminal.read_until("added to")
+    system, question, answer = json.loads(file.read_text())["messages"]
+    assert (system["content"], question["content"]) == ("Be sad.", "One?")
+    assert whole.startswith(answer["content"]) and 5 <= len(answer["content"]) < len(whole)
+    assert answer["content"].startswith(seen)
+    terminal.type("/exit\n")
+    assert terminal.process.wait(60) == 0
+
+
+def test_ctrl_c_ends_the_program_that_answers_one_question(chatty):
+    command = [sys.executable, "-m", "lumen.chat", str(chatty), "--prompt", "One?", "--max-tokens", "100000"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*command, "--repetition-penalty", "3"], env=env, **pipes) as process:
+        said = process.stdout.read(5)
+        process.send_signal(signal.SIGINT)
+        rest, notes = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert len(said) == 5 and rest.endswith(b"\n") and b"interrupted)" in notes
+
+
 def test_an_interrupted_answer_is_what_was_said_so_far(chatty):
     speaker, pieces = load_speaker(str(chatty), OPTIONS), []
 
@@ -190,6 +397,8 @@ def test_an_interrupted_answer_is_what_was_said_so_far(chatty):
         (["nowhere", "--prompt", "Hi"], "nowhere: wanted the folder of a run (config.toml)"),
         (["{empty}", "--prompt", "Hi"], "found a folder without any of these"),
         (["nowhere", "--json"], "--json wants one question"),
+        (["nowhere", "--stop", ""], "--stop wants a text"),
+        (["nowhere", "--repetition-penalty", "0"], "repetition_penalty must be above 0"),
         (["nowhere", "--prompt", "Hi", "--temperature", "-1"], "temperature must be 0 or more, found -1.0"),
         (["nowhere", "--prompt", "Hi", "--top-p", "0"], "top_p must be above 0"),
     ],
@@ -218,5 +427,6 @@ def test_help_names_every_option(capsys):
         main(["--help"])
     assert left.value.code == 0
     shown = capsys.readouterr().out
-    for option in ("--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--seed", "--json"):
+    options = "--prompt --system --max-tokens --stop --temperature --top-k --top-p --min-p --repetition-penalty --seed"
+    for option in [*options.split(), "--json"]:
         assert option in shown

@@ -36,9 +36,9 @@ def tensor_lines(text: str) -> list[str]:
     return text.split("\n\n")[2].splitlines()[1:]  # below the heading of the columns
 
 
-def test_the_page_on_disk_is_the_generated_one():
+def test_the_page_on_disk_begins_with_the_generated_table():
     found = (ROOT / "model_specs" / "README.md").read_text("utf-8")
-    assert found == families_page(), "run scripts/families_table"
+    assert found.startswith(families_page()), "run scripts/families_table"
 
 
 def test_the_check_of_the_script_agrees():

@@ -12,7 +12,7 @@ from lumen.config import Lora
 from lumen.data.batch import Batch
 from lumen.data.packing import pack
 from lumen.objectives.sft import mean_loss, sft_loss
-from lumen.optim import AdamW, clip_gradients
+from lumen.optim import AdamW, clip_factor, gradient_norm
 from lumen.text.conversation import Encoded
 from lumen.text.tokenizer import load_tokenizer
 
@@ -40,8 +40,8 @@ def trajectory(model, batches, lr):
         loss = sft_loss(model, batch_of(tokens))
         mean = loss.total / loss.count
         mean.backward()
-        norm = clip_gradients(optimizer.parameters.values(), 1.0)
-        optimizer.step(lr)
+        norm = gradient_norm(optimizer.parameters.values())
+        optimizer.step(lr, clip_factor(norm, 1.0))
         optimizer.zero_grad()
         line.append((mean.item(), norm.item()))
     return torch.tensor(line).T

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from lumen.errors import CheckpointError, ConfigError
-from lumen.optim import AdamW, clip_gradients, learning_rate
+from lumen.optim import AdamW, clip_factor, gradient_norm, learning_rate
 
 SETTINGS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -54,6 +54,31 @@ def test_twenty_steps_equal_torch_adamw():
         for group in wanted.param_groups:
             group["lr"] = 1e-2 / (step + 1)
         optimizer.step(1e-2 / (step + 1))
+        wanted.step()
+        optimizer.zero_grad()
+        wanted.zero_grad()
+        assert (flat(ours) - flat(theirs)).abs().max() <= 1e-7
+
+
+def test_a_rate_of_its_own_is_a_group_of_torch_adamw():
+    ours, theirs = network(), network()
+    optimizer = AdamW(ours.named_parameters(), **SETTINGS, rates={"0.weight": 0.25, "0.bias": 0.25})
+    groups = [
+        {
+            "params": [p for p in layer.parameters() if (p.ndim >= 2) == matrices],
+            "factor": 0.25 if layer is theirs[0] else 1.0,
+            "weight_decay": 0.1 * matrices,
+        }
+        for layer in (theirs[0], theirs[1], theirs[3])
+        for matrices in (True, False)
+    ]
+    wanted = torch.optim.AdamW([group for group in groups if group["params"]], lr=1.0, betas=(0.9, 0.95), eps=1e-8)
+    for step in range(5):
+        backward(ours, step)
+        backward(theirs, step)
+        for group in wanted.param_groups:
+            group["lr"] = 1e-2 * group["factor"]
+        optimizer.step(1e-2)
         wanted.step()
         optimizer.zero_grad()
         wanted.zero_grad()
@@ -117,7 +142,8 @@ def test_state_is_fp32_for_bf16_parameters_and_steps_move_them():
     before = flat(model)
     optimizer = AdamW(model.named_parameters(), **SETTINGS)
     train(model, optimizer, range(3))
-    assert {state.dtype for state in (*optimizer.exp_avg.values(), *optimizer.exp_avg_sq.values())} == {torch.float32}
+    averages = [tensor for name, tensor in optimizer.state_tensors().items() if not name.startswith("updates.")]
+    assert {tensor.dtype for tensor in averages} == {torch.float32}
     assert flat(model).dtype == torch.bfloat16 and not torch.equal(before, flat(model))
 
 
@@ -129,11 +155,11 @@ def test_nothing_that_learns_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("exp_avg.0.bias"), r"lacks 'exp_avg\.0\.bias'"),
+        (lambda state: state.pop("mean.0.bias"), r"lacks 'mean\.0\.bias'"),
         (lambda state: state.update(extra=torch.zeros(1)), "does not know, 'extra'"),
         (
-            lambda state: state.update({"exp_avg_sq.0.bias": torch.zeros(4)}),
-            r"'exp_avg_sq\.0\.bias' wants.*\(11,\).*\(4,\)",
+            lambda state: state.update({"square.0.bias": torch.zeros(4)}),
+            r"'square\.0\.bias' wants.*\(11,\).*\(4,\)",
         ),
     ],
 )
@@ -150,24 +176,92 @@ def test_clipping_equals_torch(max_norm):
     ours, theirs = network(), network()
     backward(ours, 0)
     backward(theirs, 0)
-    norm = clip_gradients(ours.parameters(), max_norm)
+    norm = gradient_norm(ours.parameters())
     assert torch.allclose(norm, nn.utils.clip_grad_norm_(theirs.parameters(), max_norm), rtol=1e-6)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert torch.allclose(a.grad, b.grad, rtol=1e-6, atol=0)
+        assert torch.allclose(a.grad * clip_factor(norm, max_norm), b.grad, rtol=1e-6, atol=0)
 
 
-def test_a_maximum_of_zero_measures_and_changes_nothing():
+def test_a_maximum_of_zero_clips_nothing():
     model = network()
     backward(model, 0)
-    before = model[0].weight.grad.clone()
-    assert clip_gradients(model.parameters(), 0.0) > 0
-    assert torch.equal(before, model[0].weight.grad)
+    assert clip_factor(gradient_norm(model.parameters()), 0.0) == 1
+
+
+def test_a_factor_is_as_good_as_scaled_gradients():
+    ours, theirs = network(), network()
+    for model, factor in ((ours, torch.tensor(0.25)), (theirs, None)):
+        optimizer = AdamW(model.named_parameters(), **SETTINGS)
+        for step in range(3):
+            backward(model, step)
+            if factor is None:
+                for parameter in model.parameters():
+                    parameter.grad *= 0.25
+            optimizer.step(1e-2, factor)
+            optimizer.zero_grad(keep=factor is None)
+    assert torch.equal(flat(ours), flat(theirs))
+
+
+@pytest.mark.parametrize("norm", [float("inf"), float("nan")])
+@pytest.mark.parametrize("max_norm", [0.0, 1.0])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_nothing_moves_under_a_norm_that_is_not_finite(norm, max_norm, bits):
+    model = network()
+    optimizer = AdamW(model.named_parameters(), **SETTINGS, bits=bits)
+    train(model, optimizer, range(2))
+    before, state = flat(model), {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
+    backward(model, 2)
+    optimizer.step(1e-2, clip_factor(torch.tensor(norm), max_norm))
+    assert torch.equal(before, flat(model))
+    after = optimizer.state_tensors()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in state.items() if not name.startswith("updates."))
+
+
+def wide_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 900), nn.Tanh(), nn.Linear(900, 11))
+
+
+def test_averages_of_8_bits_take_a_quarter_and_learn_as_well():
+    losses = {}
+    for bits in (32, 8):
+        model = wide_network()
+        optimizer = AdamW(model.named_parameters(), **SETTINGS, bits=bits)
+        x = torch.randn(64, 7, generator=torch.Generator().manual_seed(1))
+        for _ in range(200):
+            loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+            loss.backward()
+            optimizer.step(3e-3)
+            optimizer.zero_grad()
+        losses[bits] = loss.item(), optimizer.state_bytes
+    assert losses[8][1] < 0.35 * losses[32][1]  # biases stay in fp32
+    assert losses[32][0] < 0.05 and losses[8][0] < 2 * losses[32][0] + 1e-3
+
+
+def test_a_resumed_run_with_averages_of_8_bits_is_bit_equal():
+    def advance(model, optimizer, steps):
+        for step in steps:
+            x = torch.randn(8, 7, generator=torch.Generator().manual_seed(step))
+            model(x).square().sum().backward()
+            optimizer.step(1e-2)
+            optimizer.zero_grad()
+
+    whole, first = wide_network(), wide_network()
+    advance(whole, AdamW(whole.named_parameters(), **SETTINGS, bits=8), range(6))
+    optimizer = AdamW(first.named_parameters(), **SETTINGS, bits=8)
+    advance(first, optimizer, range(3))
+    second = wide_network()
+    second.load_state_dict(first.state_dict())
+    resumed = AdamW(second.named_parameters(), **SETTINGS, bits=8)
+    resumed.load_state_tensors(optimizer.state_tensors())
+    advance(second, resumed, range(3, 6))
+    assert torch.equal(flat(whole), flat(second))
 
 
 def test_the_norm_of_bf16_gradients_is_summed_in_fp32():
     parameter = nn.Parameter(torch.ones(100_000, dtype=torch.bfloat16))
     parameter.grad = torch.full_like(parameter, 0.01)
-    norm = clip_gradients([parameter], 0.0)
+    norm = gradient_norm([parameter])
     assert norm.dtype == torch.float32
     assert norm.item() == pytest.approx(
         parameter.grad[0].item() * math.sqrt(100_000), rel=5e-4

@@ -6,11 +6,13 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from llama_cpp import LlamaCpp
 
+from lumen.config import load_config
 from lumen.demo.__main__ import Exam
 from lumen.demo.__main__ import main as demo
 from lumen.sampling import generate
@@ -105,8 +107,16 @@ def test_the_demo_counts_what_the_readme_says(tmp_path, capsys):
         assert Path(path).exists()
 
 
+@pytest.mark.parametrize("block", blocks("toml"), ids=lambda block: block.partition("\n")[0])
+def test_the_readmes_run_files_say_what_a_run_understands(tmp_path, block):
+    (tmp_path / "run.toml").write_text(block)
+    missing = {"model.path": "lumen-demo", "data.train": "lumen-demo"}
+    said = {f"{section}.{key}" for section, values in tomllib.loads(block).items() for key in values}
+    load_config(tmp_path / "run.toml", [f"{key}={value}" for key, value in missing.items() if key not in said])
+
+
 def test_every_verb_has_help():
-    for verb in ("train", "inspect", "chat", "export", "demo"):
+    for verb in ("train", "inspect", "chat", "export", "doctor", "demo"):
         command = [sys.executable, "-m", f"lumen.{verb}", "--help"]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
         assert done.returncode == 0 and "usage: python -m lumen." in done.stdout

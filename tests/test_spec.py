@@ -5,7 +5,8 @@ import json
 import pytest
 
 from lumen.errors import SpecError
-from lumen.spec import Family, find_family, load_family, read_config
+from lumen.model_config import read_config
+from lumen.spec import Family, find_family, load_family
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -64,7 +65,10 @@ def test_what_stands_beside_the_default_rope_type_does_not_count(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["LlamaForCausalLN"]}, "Did you mean 'LlamaForCausalLM'"),
+        (
+            {"architectures": ["LlamaForCausalLN"]},
+            "The nearest known is 'LlamaForCausalLM', whose arithmetic may",
+        ),
         ({"architectures": None}, "LlamaForCausalLM"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "found 'dynamic'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; family 'llama2' wants 'silu'"),

@@ -13,6 +13,8 @@ def test_the_wheel_holds_the_pages_the_recipes_and_the_demo(tmp_path):
     [wheel] = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"lumen/model_specs/{page.name}" for page in (ROOT / "model_specs").glob("*.toml")}
+    wanted |= {f"lumen/model_specs/chat/{page.name}" for page in (ROOT / "model_specs/chat").glob("*.toml")}
+    assert "lumen/model_specs/chat/chatml.toml" in wanted
     wanted |= {str(file.relative_to(ROOT)) for file in (ROOT / "lumen").rglob("*") if file.suffix in (".py", ".toml")}
     wanted |= {f"lumen/demo/base/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json")}
     wanted |= {"lumen/demo/data/train.jsonl", "lumen/demo/data/heldout.jsonl"}

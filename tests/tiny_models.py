@@ -1,5 +1,6 @@
 """Tiny random checkpoints, made and judged by transformers."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -59,21 +60,60 @@ def llama(folder: Path, **changes: object) -> transformers.LlamaForCausalLM:
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """‖found − wanted‖ / ‖wanted‖ in float64."""
+    """‖found − wanted‖ / ‖wanted‖ in float64; 0 where both are zeros, as gradients of an expert without tokens."""
+    if not wanted.any() and not found.any():
+        return 0.0
     return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
 
 
 WINDOW = 8  # tokens, of the window layers of the models below
 CONTEXT = 64  # tokens that the models below are said to be made for
 GEMMA3 = {"num_hidden_layers": 7, "head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": WINDOW}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}  # the betas fall on its pairs
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3, 1.2, 1.5, 1.6],
+    "long_factor": [1.0, 1.5, 2.5, 2.0, 6.0, 8.0],
+}
+PHI3_LONGROPE = {  # four tokens are all that it was trained with: nearly every text is beyond them
+    "sliding_window": WINDOW,
+    "original_max_position_embeddings": 4,
+    "rope_theta": 100.0,
+}
 FAMILIES = {  # a shape of a family → its page, the first word of its classes, and what it sets beyond the sizes
+    "llama2": ("llama2", "Llama", {"num_key_value_heads": 4}),
+    "llama2 linear": ("llama2", "Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama2 tied": ("llama2", "Llama", {"head_dim": 24, "tie_word_embeddings": True}),
+    # the vocabulary is what tells its checkpoints from those of Llama 2
+    "llama3": ("llama3", "Llama", {"vocab_size": 128256, "hidden_size": 32, "tie_word_embeddings": True}),
+    # so wide a head has a frequency of each kind: kept, divided, and between the two
+    "llama3.1": ("llama3.1", "Llama", {"head_dim": 32, "rope_scaling": LLAMA3_ROPE, "rope_theta": 500000.0}),
     "qwen2": ("qwen2", "Qwen2", {}),
     "qwen2 tied": ("qwen2", "Qwen2", {"tie_word_embeddings": True}),
+    "qwen2 yarn": ("qwen2", "Qwen2", {"rope_scaling": YARN, "rope_theta": 100.0}),
+    "phi3": ("phi3", "Phi3", {"sliding_window": WINDOW}),
+    "phi3 longrope": (
+        "phi3",
+        "Phi3",
+        PHI3_LONGROPE | {"num_attention_heads": 8, "hidden_size": 96, "rope_scaling": LONGROPE},
+    ),
+    "phi4": ("phi4", "Phi3", {"rope_theta": 250000.0}),
+    "phi4-mini": (
+        "phi4-mini",
+        "Phi3",
+        PHI3_LONGROPE | {"rope_scaling": LONGROPE, "partial_rotary_factor": 0.75, "tie_word_embeddings": True},
+    ),
     "mistral": ("mistral", "Mistral", {"sliding_window": WINDOW}),
     "mistral v0.2": ("mistral-v0.2", "Mistral", {"sliding_window": None, "rope_theta": 1e6}),
     "mistral nemo": ("mistral-v0.2", "Mistral", {"sliding_window": None, "head_dim": 24}),
+    "mistral small": ("mistral-small", "Mistral", {"sliding_window": None, "head_dim": 24, "rope_theta": 1e8}),
     "qwen3": ("qwen3", "Qwen3", {"head_dim": 24}),
     "qwen3 tied": ("qwen3", "Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3 yarn": ("qwen3", "Qwen3", {"head_dim": 16, "rope_scaling": YARN, "rope_theta": 100.0}),
+    "mixtral": ("mixtral", "Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2-moe": ("qwen2-moe", "Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 96, "norm_topk_prob": False}),
+    "qwen3-moe": ("qwen3-moe", "Qwen3Moe", EXPERTS | {"head_dim": 24, "norm_topk_prob": True}),
     "gemma": ("gemma", "Gemma", {"head_dim": 24, "num_key_value_heads": 1}),
     "gemma2": (
         "gemma2",
@@ -121,7 +161,8 @@ def family(folder: Path, shape: str, **changes: object) -> transformers.PreTrain
         "pad_token_id": None,
     }
     config_class = getattr(transformers, f"{word}TextConfig", None) or getattr(transformers, f"{word}Config")
-    config = config_class(**settings | own | changes, attn_implementation="eager")
+    # transformers writes into the dictionaries that it is given
+    config = config_class(**copy.deepcopy(settings | own | changes), attn_implementation="eager")
     torch.manual_seed(7)
     model = getattr(transformers, f"{word}ForCausalLM")(config).eval()
     identity = 0.0 if word.startswith("Gemma") else 1.0

@@ -33,13 +33,20 @@ class Batch:
     target: Tensor  # the id to predict after this token; -100 does not count
     position: Tensor  # from 0 within each document
     document: Tensor  # from 0 within each row; -1 is padding
+    learned: Tensor | None = None  # (M,) int64, the positions that count in the flattened batch; None = look for them
     packed: bool = True  # whether a row may hold several documents; without, the causal rule keeps padding apart
     sources: tuple[str, ...] = ()  # of its documents, as 'train.jsonl:12'
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`; to a GPU without waiting for the copies."""
+        if torch.device(device).type != "cuda":
+            return replace(self, **{name: value.to(device) for name, value in self.tensors.items()})
+        pinned = {name: value.pin_memory() for name, value in self.tensors.items()}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in pinned.items()})
 
     @property
     def counted(self) -> Tensor:
@@ -52,9 +59,16 @@ class Batch:
         return (self.document != PADDING).sum()
 
 
-def stack(rows: Sequence[Row]) -> Batch:
-    """A batch of `rows`, padded on the right to the longest of them with token 0, which no document sees."""
-    width = max(sum(len(example.ids) for example in row) for row in rows)
+LEARNED_STEPS = 16  # into how many sizes the number of learned positions is rounded up where shapes are fixed
+
+
+def stack(rows: Sequence[Row], width: int = 0) -> Batch:
+    """A batch of `rows`, padded on the right with token 0, which no document sees.
+
+    width  to how many tokens, and then `learned` too is filled up, with a position that does not count, so that few
+           shapes ever occur; 0 = to the longest row, and nothing is filled up
+    """
+    fixed, width = bool(width), width or max(sum(len(example.ids) for example in row) for row in rows)
     columns = {
         "tokens": [_padded((example.ids for example in row), 0, width) for row in rows],
         "target": [_padded(map(_targets, row), UNCOUNTED, width) for row in rows],
@@ -65,7 +79,13 @@ def stack(rows: Sequence[Row]) -> Batch:
     }
     sources = tuple(example.source for row in rows for example in row)
     tensors = {name: torch.tensor(values) for name, values in columns.items()}
-    return Batch(**tensors, packed=any(len(row) > 1 for row in rows), sources=sources)
+    counts = tensors["target"].flatten() != UNCOUNTED
+    learned = counts.nonzero().squeeze(1)
+    if fixed:  # a document's last position never counts: there is always one to fill up with
+        step = -(-len(counts) // LEARNED_STEPS)
+        filler = (~counts).nonzero()[0].expand(-len(learned) % step)
+        learned = torch.cat([learned, filler])
+    return Batch(**tensors, learned=learned, packed=any(len(row) > 1 for row in rows), sources=sources)
 
 
 def _padded(documents: Iterable[Iterable[int]], fill: int, width: int) -> list[int]:
@@ -79,10 +99,10 @@ def _targets(example: Encoded) -> list[int]:
     return [token if learned else UNCOUNTED for token, learned in following] + [UNCOUNTED]
 
 
-def batches(rows: Sequence[Row], batch_size: int) -> Iterator[Batch]:
-    """All `rows` in their order, `batch_size` to a batch; the last may be smaller."""
+def batches(rows: Sequence[Row], batch_size: int, width: int = 0) -> Iterator[Batch]:
+    """All `rows` in their order, `batch_size` to a batch, of `width` as in `stack`; the last may be smaller."""
     for start in range(0, len(rows), batch_size):
-        yield stack(rows[start : start + batch_size])
+        yield stack(rows[start : start + batch_size], width)
 
 
 class RowStream:

@@ -32,6 +32,11 @@ class Packed:
         return sum(len(row) for row in self.rows)
 
     @property
+    def longest(self) -> int:
+        """Tokens in the longest row."""
+        return max(sum(len(example.ids) for example in row) for row in self.rows)
+
+    @property
     def tokens(self) -> int:
         return sum(len(example.ids) for row in self.rows for example in row)
 

@@ -5,11 +5,13 @@ What llama.cpp does not find in the file it replaces by a default, mostly withou
 `ModelSpec` and its name table, the same that the forward pass reads; nothing is left to a default; and the finished
 file is read back, its values held against the source.
 
-Which tensors get which type: those of one dimension (norms) are f32; all others get the type that was asked for, or
+Which tensors get which type: those of one dimension (norms) and routers are f32; others get the type asked for, or
 f16 where its blocks do not divide the row, which the report says.
 """
 
+import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,27 +23,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lumen.checkpoint import open_checkpoint
+from lumen.checkpoint import join_pieces, open_checkpoint, read_tensor
 from lumen.errors import ConfigError, ExportError, SpecError, closest
 from lumen.formats.atomic import replacing
 from lumen.formats.blocks import CODECS
 from lumen.formats.gguf import GGUFFile, GGUFTensor, Value, read_gguf, write_gguf_file
 from lumen.formats.safetensors import TensorFiles
-from lumen.names import TRANSFORMS
+from lumen.names import TRANSFORMS, FileTensor, Part, TensorName, gguf_tensors
 from lumen.nn.rope import llama3_divisors
-from lumen.spec import ModelSpec, TensorName
-from lumen.text.tokenizer import load_tokenizer
+from lumen.spec import ModelSpec
+from lumen.text.tokenizer import Tokenizer, load_tokenizer
 from lumen.text.vocab import GGUFVocab, gguf_vocab
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # quant → llama.cpp's number for a file of it
 QUANTIZED = {"q8_0"}
 QUANTIZATION_VERSION = 2
 FALLBACK = "f16"
+LLAMA_CPP_YARN = (32, 1, True)  # what it reads into a file of an arch whose betas it does not ask for
 CHUNK_ELEMENTS = 2**22  # encoded at a time: 16 MiB as fp32
 
 # Tensors that llama.cpp wants and no checkpoint holds, by the word in a page's `gguf.extra`.
 EXTRA_TENSORS: dict[str, Callable[[ModelSpec], Tensor]] = {
-    "rope_freqs": lambda spec: llama3_divisors(spec.rope, spec.head_dim),
+    "rope_freqs": lambda spec: llama3_divisors(spec.rope),
+    "rope_factors_long": lambda spec: torch.tensor(spec.rope.long),
+    "rope_factors_short": lambda spec: torch.tensor(spec.rope.short),
 }
 
 
@@ -146,33 +151,38 @@ def _planned_file(folder: Path, quant: str, name: str) -> Iterator[_PlannedFile]
     with files:
         tokenizer = load_tokenizer(folder)
         vocab = gguf_vocab(tokenizer, spec.vocab)
-        chosen = [(tensor, *_choose_type(tensor, quant)) for tensor in spec.tensors()]
+        chosen = [(tensor, *_choose_type(tensor, quant)) for tensor in gguf_tensors(spec.tensors())]
         tensors = [
-            _PlannedTensor(name=tensor.gguf, shape=tensor.shape, type=kind, read=partial(_read, files, tensor))
+            _PlannedTensor(name=tensor.name, shape=tensor.shape, type=kind, read=partial(_read, files, tensor))
             for tensor, kind, _ in chosen
         ]
         tensors += _extra_tensors(spec)
         yield _PlannedFile(
             metadata={
-                **_general_metadata(spec, name or folder.resolve().name, quant, tensors),
+                **_general_metadata(spec, _model_name(name or folder.resolve().name, tokenizer), quant, tensors),
                 **_model_metadata(spec),
                 **_vocab_metadata(vocab, tokenizer.chat_template),
             },
             tensors=tensors,
             fallbacks=tuple(reason for _, _, reason in chosen if reason),
-            differences=vocab.differences,
+            differences=tuple(
+                line
+                for line in vocab.differences
+                if not (_drops_blanks(tokenizer) and line.startswith("Blanks beside"))
+            ),
         )
 
 
-def _choose_type(tensor: TensorName, quant: str) -> tuple[str, str]:
+def _choose_type(tensor: FileTensor, quant: str) -> tuple[str, str]:
     """The type of a tensor, and why it is not the one asked for, if rows do not fit; else an empty text."""
-    kind = "f32" if len(tensor.shape) == 1 else quant
+    exact = len(tensor.shape) == 1 or any(name.exact for name, _ in tensor.pieces)
+    kind = "f32" if exact else quant
     columns, block = tensor.shape[-1], CODECS[kind].block
     if columns % block == 0:
         return kind, ""
     return (
         FALLBACK,
-        f"{tensor.gguf} is {FALLBACK}: its rows of {columns} are no multiple of {block}, the block of {kind}.",
+        f"{tensor.name} is {FALLBACK}: its rows of {columns} are no multiple of {block}, the block of {kind}.",
     )
 
 
@@ -187,11 +197,32 @@ def _extra_tensors(spec: ModelSpec) -> list[_PlannedTensor]:
     return tensors
 
 
-def _read(files: TensorFiles, tensor: TensorName) -> Tensor:
-    return TRANSFORMS[tensor.transform].to_gguf(files.read(tensor.checkpoint), tensor.heads)
+def _read(files: TensorFiles, tensor: FileTensor) -> Tensor:
+    def transformed(name: TensorName, part: Part) -> Tensor:
+        return TRANSFORMS[name.transform].to_gguf(read_tensor(files, name), name.heads)
+
+    return join_pieces(tensor, transformed)
 
 
 # --- metadata --------------------------------------------------------------------------------------------------------
+
+
+def _model_name(name: str, tokenizer: Tokenizer) -> str:
+    """`name`, so that llama.cpp reads of it what is true of the tokenizer.
+
+    By a name that holds "phi3" or "phi-3", and by nothing else in the file, it knows that blanks behind special tokens
+    are dropped, as Phi-3's tokenizer does; and with such a name it does not load a vocabulary without `</s>`.
+    """
+    said = re.search(r"phi-?3", name, re.IGNORECASE) is not None
+    if said == _drops_blanks(tokenizer):
+        return name
+    return re.sub(r"phi-?3", "Phi 3", name, flags=re.IGNORECASE) if said else f"{name} (Phi-3)"
+
+
+def _drops_blanks(tokenizer: Tokenizer) -> bool:
+    """Whether blanks behind special tokens are dropped in the way of Phi-3, the only one that llama.cpp knows."""
+    document = json.loads(tokenizer.files.get("tokenizer.json", "{}"))
+    return any(token["content"] == "</s>" and token["rstrip"] for token in document.get("added_tokens", []))
 
 
 def _general_metadata(spec: ModelSpec, name: str, quant: str, tensors: list[_PlannedTensor]) -> dict[str, Value]:
@@ -219,9 +250,10 @@ def size_label(parameters: int) -> str:
 def _model_metadata(spec: ModelSpec) -> dict[str, Value]:
     """What llama.cpp must know of the arithmetic, under the architecture's own prefix.
 
-    ExportError for a scale of attention that the file cannot say.
+    ExportError for a scale of attention, or a way with experts, that the file cannot say.
     """
     _check_scale(spec)
+    _check_experts(spec)
     values = {
         "context_length": Value("u32", spec.context_length),
         "embedding_length": Value("u32", spec.dim),
@@ -233,16 +265,41 @@ def _model_metadata(spec: ModelSpec) -> dict[str, Value]:
         "attention.key_length": Value("u32", spec.head_dim),
         "attention.value_length": Value("u32", spec.head_dim),
         "attention.layer_norm_rms_epsilon": Value("f32", spec.norm_eps),
-        "rope.dimension_count": Value("u32", spec.head_dim),
+        "rope.dimension_count": Value("u32", spec.rope.turned),
         "rope.freq_base": Value("f32", spec.rope.theta),
+        **_rope_scaling(spec),
     }
-    if spec.rope.kind == "linear" and spec.rope.factor != 1:
-        values["rope.scaling.type"] = Value("string", "linear")
-        values["rope.scaling.factor"] = Value("f32", spec.rope.factor)
     for key, field in spec.gguf.metadata.items():
         number = attrgetter(field)(spec)
         values[key] = Value("u32" if isinstance(number, int) else "f32", number)
     return {f"{spec.gguf.arch}.{key}": value for key, value in values.items()}
+
+
+def _rope_scaling(spec: ModelSpec) -> dict[str, Value]:
+    """How `spec.rope` differs from a plain one; ExportError for a yarn that llama.cpp cannot do.
+
+    Between longrope's lists llama.cpp chooses by the context that it is opened with, not by the length of a text.
+    """
+    rope = spec.rope
+    if rope.kind == "linear" and rope.factor != 1:
+        return {"rope.scaling.type": Value("string", "linear"), "rope.scaling.factor": Value("f32", rope.factor)}
+    if rope.kind not in ("yarn", "longrope"):
+        return {}
+    values = {
+        "rope.scaling.type": Value("string", rope.kind),
+        "rope.scaling.original_context_length": Value("u32", rope.trained_length),
+        "rope.scaling.attn_factor": Value("f32", rope.attention_factor),
+    }
+    if rope.kind == "yarn":
+        if (rope.beta_fast, rope.beta_slow, rope.truncate) != LLAMA_CPP_YARN:
+            raise ExportError(
+                f"{spec.name}: llama.cpp knows yarn with beta_fast, beta_slow and truncate at {LLAMA_CPP_YARN}, and "
+                f"this model was made for {(rope.beta_fast, rope.beta_slow, rope.truncate)}."
+            )
+        # llama.cpp multiplies by the factor of the yarn paper itself; the key says by what beyond it
+        values["rope.scaling.attn_factor"] = Value("f32", rope.attention_factor / (0.1 * math.log(rope.factor) + 1))
+        values["rope.scaling.factor"] = Value("f32", rope.factor)  # of longrope it would squeeze the positions as well
+    return values
 
 
 def _check_scale(spec: ModelSpec) -> None:
@@ -253,6 +310,24 @@ def _check_scale(spec: ModelSpec) -> None:
         raise ExportError(
             f"{spec.name}: llama.cpp multiplies q·k by {theirs:g} in a {spec.gguf.arch!r} model of {len(spec.layers)} "
             f"layers, and this one was made for {spec.scale:g}. A GGUF file of it would give other answers."
+        )
+
+
+def _check_experts(spec: ModelSpec) -> None:
+    """llama.cpp's architectures of experts have them in every layer, and weigh them in one way each."""
+    if spec.experts is None:
+        return
+    arch, dense = spec.gguf.arch, [index for index, layer in enumerate(spec.layers) if not layer.sparse]
+    if dense:
+        raise ExportError(
+            f"{spec.name}: in llama.cpp a {arch!r} model has experts in every layer, and this one has a single MLP in "
+            f"layer {dense[0]}. Such a GGUF file would not load."
+        )
+    if spec.experts.normalize != spec.gguf.normalizes_experts:
+        does, wants = ("scales", "are not") if spec.gguf.normalizes_experts else ("does not scale", "are")
+        raise ExportError(
+            f"{spec.name}: in a {arch!r} model llama.cpp {does} the weights of a token's experts to a sum of 1, and in "
+            f"this one they {wants} scaled. A GGUF file of it would give other answers."
         )
 
 

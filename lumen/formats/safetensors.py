@@ -219,12 +219,20 @@ def _check_inside(folder: Path, shard: str, where: Path) -> None:
             f"Do not trust this checkpoint."
         )
     target, real = Path(os.path.realpath(folder / shard)), Path(os.path.realpath(folder))
-    in_hub_cache = real.parent.name == "snapshots"  # there snapshots/REVISION/NAME links to blobs/SHA256
-    if target.parent != real and not (in_hub_cache and target.parent == real.parent.parent / "blobs"):
+    if target.parent != real and not (real.parent.name == "snapshots" and _is_blob(target, real.parent.parent)):
         raise CheckpointError(
             f"{folder / shard}: is a link to {target}, outside of its folder, and is not opened. "
             f"If you trust that file, copy it here in the link's place."
         )
+
+
+def _is_blob(target: Path, repository: Path) -> bool:
+    """Whether a link of the Hub's cache leads where its client keeps files.
+
+    snapshots/COMMIT/NAME links to blobs/SHA256 of its repository; that may be a link itself, to blobs/XX/HASH of the
+    cache, which all repositories share.
+    """
+    return target.parent == repository / "blobs" or target.parent.parent == repository.parent / "blobs"
 
 
 def _without_weights(folder: Path) -> str:

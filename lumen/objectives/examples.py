@@ -1,7 +1,8 @@
 """What a run learns from and is evaluated on: records read, split, put into the model's words, packed into rows."""
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,43 +12,123 @@ from lumen.data.packing import Packed, pack
 from lumen.data.records import read_records
 from lumen.demo import DATA, demo_data
 from lumen.errors import ConfigError, DataError
-from lumen.source import locate
+from lumen.peft_files import adapted_vocabulary
+from lumen.source import Source, starting_point
 from lumen.spec import ModelSpec, load_family
-from lumen.text.chat_format import write_jinja
-from lumen.text.conversation import Conversation, PromptCompletion, Record
+from lumen.text.added_tokens import add_tokens
+from lumen.text.chat_format import with_default_system
+from lumen.text.conversation import Conversation, Encoded, PromptCompletion, Record
+from lumen.text.markers import Markers, encode_by_markers
+from lumen.text.named_formats import EOS, adopt_format, end_of_turn, load_format, with_turns
+from lumen.text.padding import choose_pad
 from lumen.text.template import ChatTemplate
-from lumen.text.tokenizer import Tokenizer, load_tokenizer
+from lumen.text.tokenizer import Tokenizer
 from lumen.text.turns import chat_template, encode_conversation, encode_prompt_completion, encode_text
+
+LOG = logging.getLogger("lumen")
+MOSTLY_NOTHING = 0.9  # of the examples: when so many teach nothing, the markers are probably wrong
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
     """The rows of a run, and the words they were written in."""
 
-    spec: ModelSpec
-    tokenizer: Tokenizer  # with the chat template of the run
+    spec: ModelSpec  # with the rows that embedding and head will have
+    source: Source
+    before: Tokenizer  # what the base or its adapter brings, without the tokens that the run adds
+    tokenizer: Tokenizer  # with the chat template, the EOS and the padding token of the run
     train: Packed
     held_out: Packed | None
+    notes: tuple[str, ...] = ()  # what was chosen for the run, and what about its data may be a mistake; also logged
 
 
 def load_examples(config: RunConfig) -> Examples:
-    """Reads and encodes all data of a run; reads no weights.
+    """Reads and encodes all data of a run; reads no weights. What was chosen for it goes to the logger `lumen`.
 
-    The chat template is the run's own file, else the checkpoint's, else, for a base model and conversations, that of
-    its family's page. DataError, with file and line, for what cannot be read or learned from.
+    DataError, with file and line, for what cannot be read or learned from.
     """
-    folder = locate(config.model.path)
-    spec, tokenizer = load_family(folder), load_tokenizer(folder)
-    if config.data.chat_template:
-        tokenizer = tokenizer.with_chat_template(_read_template(config.data.chat_template))
+    source = starting_point(config)
+    folder, before = source.base, source.tokenizer()
+    tokenizer = add_tokens(before, config.tokens.add, special=config.tokens.special) if config.tokens.add else before
+    spec = load_family(folder)
+    rows = adapted_vocabulary(source.adapter, spec) if source.adapter else spec.vocab
+    if config.tokens.add and before.size > rows:
+        raise ConfigError(f"tokens.add: the tokenizer has {before.size} ids and the embedding {rows} rows already.")
+    spec = replace(spec, vocab=max(rows, tokenizer.size if config.tokens.add else 0))
     train, held_out = read_splits(config.data, config.train.seed)
-    if tokenizer.chat_template is None and spec.chat and any(isinstance(record, Conversation) for record in train):
-        tokenizer = tokenizer.with_chat_template(write_jinja(spec.chat))
+    tokenizer, notes = dress(tokenizer, spec, config.data, any(isinstance(record, Conversation) for record in train))
     template = chat_template(tokenizer)
-    packed = [encode_records(part, config.data, tokenizer, template) for part in (train, held_out) if part]
+    encoded = [_encode(part, config.data, tokenizer, template) for part in (train, held_out) if part]
+    packed = [_pack(part, config.data) for part in encoded]
     for part in packed:
         _refuse_unknown_ids(part, spec, folder)
-    return Examples(spec=spec, tokenizer=tokenizer, train=packed[0], held_out=packed[1] if held_out else None)
+    if config.tokens.add:
+        ids = f"{before.size} to {before.size + len(config.tokens.add) - 1}"
+        notes.append(f"{len(config.tokens.add)} tokens are new, ids {ids}; embedding and head have {spec.vocab} rows.")
+    if config.data.response_part:
+        notes += _doubts(encoded[0], config.data, tokenizer)
+    for note in notes:
+        LOG.warning("%s", note)
+    return Examples(
+        spec=spec,
+        tokenizer=tokenizer,
+        train=packed[0],
+        held_out=packed[1] if held_out else None,
+        notes=tuple(notes),
+        source=source,
+        before=before,
+    )
+
+
+def dress(tokenizer: Tokenizer, spec: ModelSpec, data: Data, chats: bool) -> tuple[Tokenizer, list[str]]:
+    """The checkpoint's tokenizer as the run uses and saves it, and a sentence for each choice that was made.
+
+    chats  whether there are conversations, for which a base model gets the template of its family's page
+
+    The chat template is the run's own file or format, else the checkpoint's, else the page's. ConfigError for a format
+    that this tokenizer cannot end, and for a system text that the template does not write.
+    """
+    notes = []
+    if data.chat_template:
+        tokenizer = tokenizer.with_chat_template(_read_template(data.chat_template))
+    elif data.chat_format:
+        tokenizer, note = adopt_format(tokenizer, load_format(data.chat_format))
+        notes.append(note)
+    elif tokenizer.chat_template is None and spec.chat and chats:
+        tokenizer = adopt_page(tokenizer, spec)
+    if data.system:
+        tokenizer = _with_system(tokenizer, data.system)
+    tokenizer, note = choose_pad(tokenizer, spec.vocab)
+    return tokenizer, [*notes, note] if note else notes
+
+
+def adopt_page(tokenizer: Tokenizer, spec: ModelSpec) -> Tokenizer:
+    """`tokenizer` with the chat template of its family's page; ConfigError where no token of it would end an answer."""
+    end = end_of_turn(spec.chat)
+    if EOS not in end and (tokenizer.token_to_id(end) is None or len(tokenizer.encode(end)) != 1):
+        raise ConfigError(
+            f"The checkpoint brings no chat template, and the turns of the page {spec.name!r} end with {end!r}, which "
+            "is no token of its tokenizer: generation would not stop. Name a data.chat_format that can end turns with "
+            "the EOS token, such as chatml, or add the token by tokens.add."
+        )
+    return with_turns(tokenizer, spec.chat)
+
+
+def _with_system(tokenizer: Tokenizer, system: str) -> Tokenizer:
+    """The tokenizer whose template writes `system` where a conversation brings no system text."""
+    if tokenizer.chat_template is None:
+        raise ConfigError("data.system wants a chat template, and this model brings none. Name a data.chat_format.")
+    given = tokenizer.with_chat_template(with_default_system(tokenizer.chat_template, system))
+    try:
+        text = chat_template(given).render([{"role": "user", "content": "?"}])
+    except DataError as refusal:
+        raise ConfigError(f"data.system: {refusal} Leave data.system out, or name another data.chat_format.") from None
+    if system.strip() not in text:
+        raise ConfigError(
+            f"data.system: the chat template does not write a system text; it makes {text[:200]!r}. Leave it out, or "
+            "name another data.chat_format."
+        )
+    return given
 
 
 def encode_records(
@@ -57,20 +138,53 @@ def encode_records(
 
     DataError for a conversation without a chat template, for an example that is too long, and when nothing is learned.
     """
+    return _pack(_encode(records, data, tokenizer, template), data)
+
+
+def _pack(encoded: Sequence[Encoded], data: Data) -> Packed:
+    return pack(encoded, data.max_length, packing=data.packing, too_long=data.too_long)
+
+
+def _encode(
+    records: Sequence[Record], data: Data, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> list[Encoded]:
+    markers = Markers(instruction=data.instruction_part, response=data.response_part) if data.response_part else None
     encoded = []
     for record in records:
-        if isinstance(record, Conversation):
-            if template is None:
-                raise DataError(
-                    f"{record.source}: a conversation wants a chat template, and this model brings none. "
-                    "Name a Jinja file as data.chat_template."
-                )
-            encoded.append(encode_conversation(record, tokenizer, template, train_on=data.train_on))
-        elif isinstance(record, PromptCompletion):
+        if isinstance(record, Conversation) and template is None:
+            raise DataError(
+                f"{record.source}: a conversation wants a chat template, and this model brings none. "
+                "Name a data.chat_format, as chatml, or a Jinja file as data.chat_template."
+            )
+        if isinstance(record, PromptCompletion):
             encoded.append(encode_prompt_completion(record, tokenizer))
+        elif markers:
+            encoded.append(encode_by_markers(record, tokenizer, template, markers, data.train_on))
+        elif isinstance(record, Conversation):
+            encoded.append(encode_conversation(record, tokenizer, template, train_on=data.train_on))
         else:
             encoded.append(encode_text(record, tokenizer))
-    return pack(encoded, data.max_length, packing=data.packing, too_long=data.too_long)
+    return encoded
+
+
+def _doubts(encoded: Sequence[Encoded], data: Data, tokenizer: Tokenizer) -> list[str]:
+    """What may be wrong with markers: that they leave nothing to learn, or never a token at which to stop."""
+    length = data.max_length if data.too_long == "truncate" else None
+    learned = [{id for id, learn in zip(e.ids[:length], e.learn[:length], strict=True) if learn} for e in encoded]
+    nothing, endless = learned.count(set()), sum(ids.isdisjoint(tokenizer.stop_ids) for ids in learned)
+    doubts = []
+    if nothing >= MOSTLY_NOTHING * len(encoded):
+        doubts.append(
+            f"warning: in {nothing:,} of {len(encoded):,} examples nothing is learned. Do data.instruction_part and "
+            "data.response_part stand in the text as `python -m lumen.inspect` shows it, and is data.max_length enough?"
+        )
+    if endless > nothing:
+        stops = ", ".join(repr(tokenizer.id_to_token(id)) for id in tokenizer.stop_ids)
+        doubts.append(
+            f"warning: in {endless - nothing:,} of {len(encoded):,} examples no token is learned that ends an answer "
+            f"({stops}): generation may not stop."
+        )
+    return doubts
 
 
 def read_splits(data: Data, seed: int) -> tuple[list[Record], list[Record]]:

@@ -26,9 +26,19 @@ class SFT:
     """
 
     def __init__(
-        self, packed: Packed, *, batch_size: int, accumulate: int, seed: int, position: dict[str, int] | None = None
+        self,
+        packed: Packed,
+        *,
+        batch_size: int,
+        accumulate: int,
+        seed: int,
+        position: dict[str, int] | None = None,
+        fixed_shapes: bool = False,
     ):
-        """position  where an earlier run stood, as `position()` said; None begins the first epoch"""
+        """position      where an earlier run stood, as `position()` said; None begins the first epoch
+        fixed_shapes  every batch is as wide as the longest row of all, as a captured step wants it
+        """
+        self.width = packed.longest if fixed_shapes else 0
         self.packed = packed
         self.batch_size, self.accumulate = batch_size, accumulate
         self._stream = RowStream(packed.rows, seed=seed, **(position or {}))
@@ -39,7 +49,7 @@ class SFT:
 
     def batches(self, model: Decoder) -> Iterator[list[Batch]]:
         while True:
-            yield list(batches(self._stream.take(self.batch_size * self.accumulate), self.batch_size))
+            yield list(batches(self._stream.take(self.batch_size * self.accumulate), self.batch_size, self.width))
 
     def loss(self, model: Decoder, batch: Batch) -> Loss:
         return sft_loss(model, batch)
@@ -55,7 +65,11 @@ def sft_loss(model: Decoder, batch: Batch) -> Loss:
     """Summed cross-entropy of `batch`; logits exist for one chunk of learned positions at a time."""
     hidden = model(batch.tokens, batch.position, batch.document if batch.packed else None)  # (B, T, D)
     total, count = linear_cross_entropy(
-        hidden.flatten(0, 1), model.head_weight, batch.target.flatten(), model.spec.logits_softcap
+        hidden.flatten(0, 1),
+        model.head_weight,
+        batch.target.flatten(),
+        model.spec.logits_softcap,
+        counted=batch.learned,
     )
     return Loss(total=total, count=count)
 

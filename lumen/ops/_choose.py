@@ -8,22 +8,22 @@ serve is an error, never a silent other one.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from lumen.errors import KernelError
 
-_forced: ContextVar[str | None] = ContextVar("forced", default=None)
+# not a context variable: backward passes run in threads of autograd's own, which see no context
+_forced: list[tuple[str, tuple[str, ...]]] = []
 _last: dict[str, tuple[str, str]] = {}
 
 
 @contextmanager
-def use(implementation: str) -> Iterator[None]:
-    """Inside the `with`, every operation that has a choice runs `implementation`, as "reference"."""
-    token = _forced.set(implementation)
+def use(implementation: str, *ops: str) -> Iterator[None]:
+    """Inside the `with`, the named operations run `implementation`, as "reference"; none named: all with a choice."""
+    _forced.append((implementation, ops))
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.pop()
 
 
 def explain() -> dict[str, str]:
@@ -33,8 +33,8 @@ def explain() -> dict[str, str]:
 
 def choice(op: str, available: dict[str, str]) -> str:
     """The implementation to run: the forced one, else the first of `available` (name → reason, best first)."""
-    forced = _forced.get()
-    if forced is None:
+    forced, ops = _forced[-1] if _forced else (None, ())
+    if forced is None or (ops and op not in ops):
         name = next(iter(available))
         _last[op] = (name, available[name])
     elif forced in available:

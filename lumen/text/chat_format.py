@@ -54,7 +54,7 @@ class Turns:
         """The turns of `messages`, all over, as text, and where in it the words of each message stand."""
         text, spans = self.begin, []
         has_system = bool(messages) and messages[0]["role"] == "system"
-        if not has_system and self.default_system is not None:
+        if not has_system and not self.system_in_user and self.default_system is not None:
             text += self.default_system.join(self.system)
         for number, message in enumerate(messages):
             role = message["role"]
@@ -63,6 +63,8 @@ class Turns:
                 before = self.user[0] + before
             elif self.system_in_user and has_system and number == 1:
                 before = ""
+            elif self.system_in_user and number == 0 and self.default_system is not None:
+                before += self.default_system.join(self.system)
             words = message["content"].strip() if role in self.trim else message["content"]
             text += before
             spans.append((len(text), len(text) + len(words)))
@@ -80,18 +82,98 @@ class Turns:
 
 
 def write_jinja(page: ChatPage) -> str:
-    """The turns of a family's page as a Jinja template, for a checkpoint that brings none of its own."""
+    """The turns of a page as a Jinja template, for a checkpoint that brings none of its own, or is to have another.
+
+    A conversation whose turns the page cannot say (tools, a late system text where it opens the first question) is
+    refused by the template itself.
+    """
+    if page.default_system is not None and page.system_in_user:
+        return with_default_system(write_jinja(replace(page, default_system=None)), page.default_system)
     words = "message['content'] | trim" if page.trim else "message['content']"
-    pairs = {"system": page.system, "user": page.user, "assistant": page.assistant}
-    turns = "".join(
-        f"{{% {'if' if number == 0 else 'elif'} message['role'] == '{role}' %}}"
-        f"{{{{ {json.dumps(before)} + ({words}) + {json.dumps(after)} }}}}"
-        for number, (role, (before, after)) in enumerate((role, pair) for role, pair in pairs.items() if pair)
+    default = ""
+    if page.default_system is not None:
+        turn = _expression(page.system[0] + page.default_system + page.system[1])
+        default = f"{{% if messages[0]['role'] != 'system' %}}{{{{ {turn} }}}}{{% endif %}}"
+    turns = {"user": _user_turn(page, words), "assistant": _assistant_turn(page, words)}
+    if page.system:
+        turns = {"system": _system_turn(page, words), **turns}
+    branches = "".join(
+        f"{{% {'elif' if number else 'if'} message['role'] == '{role}' %}}{turn}"
+        for number, (role, turn) in enumerate(turns.items())
     )
     return (
-        f"{{{{ {json.dumps(page.begin)} }}}}{{% for message in messages %}}{turns}"
+        f"{{{{ {_expression(page.begin)} }}}}{default}{{% for message in messages %}}{branches}"
         "{% else %}{{ raise_exception('no turn for the role ' + message['role']) }}{% endif %}{% endfor %}"
-        f"{{% if add_generation_prompt %}}{{{{ {json.dumps(page.assistant[0])} }}}}{{% endif %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {_expression(opening(page))} }}}}{{% endif %}}"
+    )
+
+
+def opening(page: ChatPage) -> str:
+    """What opens an answer that is to be generated."""
+    return page.assistant[0] if page.prompt is None else page.prompt
+
+
+def _system_turn(page: ChatPage, words: str) -> str:
+    if page.system_in_user:
+        return "{% if not loop.first %}{{ raise_exception('a system text stands first or nowhere') }}{% endif %}"
+    return _turn(page.system[0], words, page.system[1])
+
+
+def _user_turn(page: ChatPage, words: str) -> str:
+    before, after = page.user
+    if not page.system_in_user:
+        return _turn(before, words, after)
+    said = words.replace("message", "messages[0]", 1)
+    system = _turn(page.system[0], said, page.system[1])
+    first = "{% if loop.index0 == 1 and messages[0]['role'] == 'system' %}"
+    return f"{{{{ {_expression(before)} }}}}{first}{system}{{% endif %}}{_turn('', words, after)}"
+
+
+def _assistant_turn(page: ChatPage, words: str) -> str:
+    before, after = page.assistant
+    last = after if page.last_after is None else page.last_after
+    if page.think:
+        return _thinking_turn(page, words, last)
+    if last == after:
+        return _turn(before, words, after)
+    end = f"({_expression(last)} if loop.last and not add_generation_prompt else {_expression(after)})"
+    return f"{{{{ {_expression(before)} + ({words}) + {end} }}}}"
+
+
+def _thinking_turn(page: ChatPage, words: str, last_after: str) -> str:
+    """The turn of a format that thinks: thoughts open the last answer and are dropped from all others."""
+    before, after = page.assistant
+    begin, end = (_expression(mark.strip()) for mark in page.think)
+    thoughts = f"{_expression(page.think[0])} + thoughts.strip('\\n') + {_expression(page.think[1])}"
+    return (
+        f"{{% set words = {words} %}}{{% set thoughts = message['reasoning_content'] | default('', true) %}}"
+        f"{{% if {end} in words %}}{{% set thoughts = words.split({end})[0].split({begin})[-1] %}}"
+        f"{{% set words = words.split({end})[-1].lstrip('\\n') %}}{{% endif %}}"
+        "{% if loop.last and not add_generation_prompt %}"
+        f"{{{{ {_expression(before)} + {thoughts} + words.lstrip('\\n') + {_expression(last_after)} }}}}"
+        f"{{% else %}}{{{{ {_expression(before)} + words + {_expression(after)} }}}}{{% endif %}}"
+    )
+
+
+def _turn(before: str, words: str, after: str) -> str:
+    return f"{{{{ {_expression(before)} + ({words}) + {_expression(after)} }}}}"
+
+
+_PLACES = {"{bos}": "bos_token", "{eos}": "eos_token", "{today}": "strftime_now('%Y-%m-%d')"}
+
+
+def _expression(text: str) -> str:
+    """`text` as an expression of Jinja, the page's places in braces as what they stand for."""
+    parts = [part for part in re.split("(" + "|".join(map(re.escape, _PLACES)) + ")", text) if part]
+    return " + ".join(_PLACES.get(part) or json.dumps(part, ensure_ascii=False) for part in parts) or '""'
+
+
+def with_default_system(source: str, system: str) -> str:
+    """The Jinja template `source`, with `system` as the system text of a conversation that brings none."""
+    turn = f"[{{'role': 'system', 'content': {json.dumps(system, ensure_ascii=False)}}}]"
+    return (
+        "{% if not messages or messages[0]['role'] not in ['system', 'developer'] %}"
+        f"{{% set messages = {turn} + messages %}}{{% endif %}}{source}"
     )
 
 
@@ -132,15 +214,10 @@ def _find(template: ChatTemplate) -> Turns:
         )
     # Where an answer ends otherwise when nothing follows, it is taken to end as a user's turn does.
     endings = [_closing(template, talk[:2], next1), user_after]
-    assistant_after = next((end for end in endings if end is not None and opening.endswith(next1[len(end) :])), None)
-    if assistant_after is None or not next1.startswith(assistant_after):
-        raise DataError(f"{_NO_TURNS}: the first turn opens with {opening!r}, a later one with {next1!r}.")
-    user_before = next1.removeprefix(assistant_after)
+    endings = [end for end in endings if end is not None and next1.startswith(end)]
+    user_before, assistant_after, first = _first_turn(template, opening, next1, endings)
     turns = Turns(
-        begin=opening.removesuffix(user_before),
-        system=None,
-        system_in_user=False,
-        default_system=None,
+        **first,
         user=(user_before, user_after),
         assistant=(answer1.removeprefix(user_after), assistant_after),
         prompt=prompted.removeprefix(user_after),
@@ -149,6 +226,31 @@ def _find(template: ChatTemplate) -> Turns:
     turns = _with_system(turns, template)
     _prove(turns, template)
     return turns
+
+
+def _first_turn(template: ChatTemplate, opening: str, next1: str, endings: list[str]) -> tuple[str, str, dict]:
+    """What opens a user's turn, what closes an assistant's, and what else stands before the first user's words.
+
+    opening  all before the first user's words; next1  all between an answer and the next user's words
+    endings  what may close an answer
+    """
+    for end in endings:
+        if opening.endswith(user_before := next1[len(end) :]):
+            begin = opening.removesuffix(user_before)
+            return user_before, end, {"begin": begin, "system": None, "system_in_user": False, "default_system": None}
+    # A system text that nobody gave may stand in the first user's turn.
+    said, asked = sentinel("system"), sentinel("user")
+    try:
+        before, between, _ = _cut(template, [{"role": "system", "content": said}, *_talk(asked)], [said, asked])
+    except DataError:
+        before = between = opening  # which no opening consists of
+    default = opening[len(before) : len(opening) - len(between)]
+    for end in endings:
+        begin, user_before, inside = before.partition(next1[len(end) :] or sentinel("none"))
+        if user_before and opening == before + default + between:
+            system = {"system": (inside, between), "system_in_user": True, "default_system": default}
+            return user_before, end, {"begin": begin, **system}
+    raise DataError(f"{_NO_TURNS}: the first turn opens with {opening!r}, a later one with {next1!r}.")
 
 
 def _closing(template: ChatTemplate, messages: list[dict], followed: str) -> str | None:
@@ -200,8 +302,10 @@ def _with_system(turns: Turns, template: ChatTemplate) -> Turns:
         text = template.render(padded, add_generation_prompt=True)
     except DataError:
         return turns  # the template's own refusal: it knows no system turn
-    before, between, _ = _cut(template, messages, [said, asked])
     trim = turns.trim if f"  {said}\n " in text else turns.trim | {"system"}
+    if turns.system is not None:
+        return replace(turns, trim=trim)
+    before, between, _ = _cut(template, messages, [said, asked])
     begin, opening = turns.begin, turns.user[0]
     if before.startswith(begin + opening) and not between.endswith(opening):
         pair = (before.removeprefix(begin + opening), between)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lumen.errors import CheckpointError, DataError
-from lumen.formats.atomic import write_bytes
+from lumen.formats.atomic import write_bytes, write_json
 from lumen.text.tokenizer_files import (
     Cutter,
     Settings,
@@ -33,11 +33,12 @@ from lumen.text.tokenizer_files import (
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
+SPECIAL_MAP = "special_tokens_map.json"
 FILES = (
     "tokenizer.json",
     "tokenizer.model",
     CONFIG,
-    "special_tokens_map.json",
+    SPECIAL_MAP,
     "added_tokens.json",
     TEMPLATE,
     GENERATION,
@@ -143,10 +144,41 @@ class Tokenizer:
             files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         return dataclasses.replace(self, chat_template=text, files=files)
 
+    def with_roles(self, **names: str) -> "Tokenizer":
+        """The same vocabulary with other tokens in the roles `eos_token` and `pad_token`, in all files that `save`
+        writes. A new EOS ends an answer, and so does the one before it.
+        """
+        files = dict(self.files)
+        for name in (CONFIG, SPECIAL_MAP):
+            if name == CONFIG or name in files:
+                values = read_json_object(Path(name), files.get(name, b"{}")) | names
+                files[name] = (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+        ids = {f"{role}_id": self.token_to_id(text) for role, text in names.items()}
+        if "eos_token_id" in ids:
+            ids["eos_token_id"] = list(dict.fromkeys([ids["eos_token_id"], *self.stop_ids]))
+        generation = read_json_object(Path(GENERATION), files.get(GENERATION, b"{}")) | ids
+        files[GENERATION] = (json.dumps(generation, indent=2) + "\n").encode()
+        return tokenizer_of(files)
+
     def save(self, folder: Path | str) -> None:
-        """Writes the tokenizer's files into `folder`, which exists; files of the same names are replaced."""
+        """Writes the tokenizer's files into `folder`, which exists; files of the same names are replaced.
+
+        A model's config.json that lies there already is made to name the same EOS and padding token.
+        """
         for name, data in self.files.items():
             write_bytes(Path(folder) / name, data)
+        if (path := Path(folder) / "config.json").is_file():
+            self._name_in_config(path)
+
+    def _name_in_config(self, path: Path) -> None:
+        config = read_json_object(path, path.read_bytes())
+        agreed, found = dict(config), config.get("eos_token_id")
+        if self.eos_id not in (None, *(found if isinstance(found, list) else [found])):
+            agreed["eos_token_id"] = list(self.stop_ids)
+        if self.pad_id is not None:
+            agreed["pad_token_id"] = self.pad_id
+        if agreed != config:
+            write_json(path, agreed)
 
     @functools.cached_property
     def _ids(self) -> dict[str, int]:
@@ -194,7 +226,12 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     ConfigError when `tokenizer.model` is all there is and sentencepiece is not installed.
     """
     folder = Path(folder)
-    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    return tokenizer_of({name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}, folder)
+
+
+def tokenizer_of(files: Mapping[str, bytes], folder: Path = Path()) -> Tokenizer:
+    """The tokenizer that `files` describe, by name; `folder` is where messages say that they lie."""
+    files = dict(files)
     settings = read_settings(folder, files)
     if "tokenizer.json" in files:
         source = read_tokenizer_json(folder / "tokenizer.json", files["tokenizer.json"], settings)
@@ -235,6 +272,8 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
 def _advice(folder: Path) -> str:
     if (folder / "vocab.json").is_file():
         return " vocab.json alone does not say how text is cut: open and save it with transformers' AutoTokenizer."
+    if (folder / "tekken.json").is_file():
+        return " tekken.json is not read: fetch tokenizer.json, from the model's repository or a conversion of it."
     return " Is this a model's folder?"
 
 

@@ -41,6 +41,7 @@ __all__ = [
     "find_turns",
     "prompt_ids",
     "question_ids",
+    "with_bos",
 ]
 
 TRAIN_ON = ("all-assistant", "last-assistant", "everything")
@@ -116,10 +117,11 @@ def _document(ids: list[int], learn: list[bool], tokenizer: Tokenizer, source: s
     """With BOS in front, where the tokenizer has it so, and EOS behind, where every document ends."""
     if tokenizer.eos_id is None:
         raise DataError(f"{source or 'record'}: the tokenizer names no EOS token, so nothing could end this text.")
-    return _encoded([*ids, tokenizer.eos_id], [*learn, True], tokenizer, source)
+    return with_bos([*ids, tokenizer.eos_id], [*learn, True], tokenizer, source)
 
 
-def _encoded(ids: list[int], learn: list[bool], tokenizer: Tokenizer, source: str) -> Encoded:
+def with_bos(ids: list[int], learn: list[bool], tokenizer: Tokenizer, source: str) -> Encoded:
+    """The example, with BOS before it where the tokenizer has it so and the text does not begin with it."""
     bos = _bos(ids, tokenizer)
     learn = [False] * len(bos) + learn
     learn[0] = False  # nothing comes before the first id that could predict it
@@ -130,19 +132,20 @@ def _encode_conversation(
     conversation: Conversation, tokenizer: Tokenizer, template: ChatTemplate, train_on: str
 ) -> Encoded:
     chat = _Chat.render(conversation, template)
-    answers = _answers(chat)
+    wanted = _learned_messages(conversation, train_on)
+    answers = _answers(chat, wanted)
     ids, ends = _tokenize(chat.text, tokenizer, [answer.start for answer in answers])
     everything = train_on == "everything"
     learn = [everything] * len(ids)
     marked = _marked(chat)
-    for answer in answers[-1:] if train_on == "last-assistant" else answers:
-        weighted = conversation.turns[answer.message].weight == 1
-        if not weighted and not everything:
+    for answer in answers:
+        if answer.message not in wanted:
             continue
+        weighted = conversation.turns[answer.message].weight == 1
         first, stop = bisect_right(ends, answer.start), _stop(answer, ids, ends, chat.text, tokenizer)
         for t in range(first, stop + 1):
             learn[t] = weighted and (everything or t == stop or marked(ends[t]))
-    encoded = _encoded(ids, learn, tokenizer, conversation.source)
+    encoded = with_bos(ids, learn, tokenizer, conversation.source)
     if not any(encoded.learn):
         raise DataError(f"nothing of it is learned with train_on = {train_on!r}.")
     return encoded
@@ -224,9 +227,17 @@ def _probes(message: dict) -> list[dict]:
     return [message] if texts else []
 
 
-def _answers(chat: _Chat) -> list[_Answer]:
+def _learned_messages(conversation: Conversation, train_on: str) -> set[int]:
+    """The places of the assistant's messages that matter: an answer that is only read need not stand after a prompt."""
+    numbers = [number for number, turn in enumerate(conversation.turns) if turn.role == "assistant"]
+    if train_on == "last-assistant":
+        numbers = numbers[-1:]
+    return {number for number in numbers if train_on == "everything" or conversation.turns[number].weight == 1}
+
+
+def _answers(chat: _Chat, wanted: set[int]) -> list[_Answer]:
     """The assistant's turns in the text: by the template's turns where they write it, else one by one."""
-    return _answers_by_turns(chat) or _answers_by_probes(chat)
+    return _answers_by_turns(chat) or _answers_by_probes(chat, wanted)
 
 
 def _answers_by_turns(chat: _Chat) -> list[_Answer]:
@@ -255,17 +266,24 @@ def _answers_by_turns(chat: _Chat) -> list[_Answer]:
     return [*answers, _Answer(message=last, start=len(prompt), words_end=spans[last][1], limit=len(chat.text))]
 
 
-def _answers_by_probes(chat: _Chat) -> list[_Answer]:
-    """The answers, each found by rendering its prompt and probing for every message's content."""
+def _answers_by_probes(chat: _Chat, wanted: set[int]) -> list[_Answer]:
+    """The answers, each found by rendering its prompt and probing for every message's content; of those that are not
+    `wanted`, the ones that can be found.
+    """
     spans = [chat.locate(number) for number in range(len(chat.messages))]
     limits = [start for start, _ in spans[1:]] + [len(chat.text)]
-    return [
-        _Answer(
-            message=number, start=_prompt_end(chat, number, spans), words_end=spans[number][1], limit=limits[number]
-        )
-        for number, message in enumerate(chat.messages)
-        if message["role"] == "assistant"
-    ]
+    answers = []
+    for number, message in enumerate(chat.messages):
+        if message["role"] != "assistant":
+            continue
+        try:
+            start = _prompt_end(chat, number, spans)
+        except DataError:
+            if number in wanted:
+                raise
+            continue
+        answers.append(_Answer(message=number, start=start, words_end=spans[number][1], limit=limits[number]))
+    return answers
 
 
 def _prompt_end(chat: _Chat, number: int, spans: list[Span]) -> int:
@@ -285,7 +303,9 @@ def _prompt_end(chat: _Chat, number: int, spans: list[Span]) -> int:
     raise DataError(
         f"message {number + 1}: the chat template asks for this answer with {prompt[max(0, at - 20) :]!r}, but writes "
         f"the answered turn as {chat.text[max(0, at - 20) : at + 40]!r}: what is learned would not be what chat asks "
-        f"for. Set data.chat_template to a template that writes both alike."
+        f"for. Set data.chat_template to a template that writes both alike, learn the last answer alone "
+        f"(data.train_on = 'last-assistant') if only earlier ones are written otherwise, or mark what is learned by "
+        f"data.instruction_part and data.response_part."
     )
 
 

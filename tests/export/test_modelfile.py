@@ -6,13 +6,16 @@ import random
 import re
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from lumen.errors import DataError, ExportError
 from lumen.export.modelfile import go_template, modelfile, write_modelfile
-from lumen.text.chat_format import find_turns
+from lumen.page import read_format_pages
+from lumen.text.chat_format import find_turns, with_default_system, write_jinja
+from lumen.text.named_formats import load_format
 from lumen.text.template import ChatTemplate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,6 +104,24 @@ def test_go_template_writes_what_the_jinja_template_writes(shared_data, ollama, 
     turns = find_turns(template)
     wanted = render_all(template, CONVERSATIONS, add_generation_prompt=True)
     assert len(wanted) >= len(CONVERSATIONS) / 2  # all but, where the format has no system turn, those with one
+    found = ollama(go_template(turns, BOS), [CONVERSATIONS[i] for i in wanted], turns.default_system or "")
+    assert found == list(wanted.values())
+
+
+@pytest.mark.parametrize("name", [page.name for page in read_format_pages()])
+@pytest.mark.parametrize("system", [None, "Run by {{ a }} café."])
+def test_a_named_format_is_the_same_in_go(ollama, name, system):
+    source = write_jinja(load_format(name).chat)
+    if system is not None:
+        source = with_default_system(source, system)
+    template = ChatTemplate(source, bos_token=BOS, eos_token=EOS, now=datetime(2026, 11, 22))
+    wanted = render_all(template, CONVERSATIONS, add_generation_prompt=True)
+    if name == "gemma" and system:  # it has no system turn
+        assert not wanted
+        return
+    assert len(wanted) == len(CONVERSATIONS) / (2 if name == "gemma" else 1)
+    turns = find_turns(template)
+    assert turns.default_system == (load_format(name).chat.default_system if system is None else system)
     found = ollama(go_template(turns, BOS), [CONVERSATIONS[i] for i in wanted], turns.default_system or "")
     assert found == list(wanted.values())
 

@@ -345,6 +345,31 @@ def test_the_links_of_the_hubs_cache_are_followed(tmp_path: Path, sharded: Path)
     assert TensorFiles(snapshot).names() == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize(
+    ("kept", "allowed"),
+    [
+        ("blobs/3f/hash", True),
+        ("blobs/hash", False),
+        ("blobs/3f/9a/hash", False),
+        ("models--o--other/blobs/hash", False),
+    ],
+)
+def test_a_link_on_to_the_blobs_that_repositories_share_is_followed_and_no_other(
+    tmp_path: Path, sharded: Path, kept: str, allowed: bool
+) -> None:
+    snapshot, blobs = (tmp_path / "models--o--n" / part for part in ("snapshots/abc", "blobs"))
+    for folder in (snapshot, blobs, (tmp_path / kept).parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_file(tmp_path / kept, {"a": torch.ones(2)})
+    (blobs / "sha").symlink_to(tmp_path / kept)
+    (snapshot / SINGLE).symlink_to("../../blobs/sha")
+    if allowed:
+        assert torch.equal(TensorFiles(snapshot).read("a"), torch.ones(2))
+    else:
+        with pytest.raises(CheckpointError, match=r"is a link to .*hash, outside of its folder"):
+            TensorFiles(snapshot)
+
+
 def test_a_missing_shard_is_named(sharded: Path) -> None:
     (sharded / SHARD_2).unlink()
     with pytest.raises(CheckpointError, match=f"{INDEX}: names {SHARD_2}, not in the folder"):

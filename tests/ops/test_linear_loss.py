@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from kernels import needs_triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lumen import ops
 from lumen.errors import KernelError
-from lumen.ops.linear_loss import linear_cross_entropy, linear_cross_entropy_reference
+from lumen.ops.linear_loss import linear_cross_entropy, linear_cross_entropy_reference, linear_logprobs
 
 # dtype: (relative tolerance of the loss, of the gradients' norm). bf16 rounds the gradient of every logit once.
 TOLERANCE = {torch.float32: (1e-6, 1e-5), torch.bfloat16: (1e-5, 1e-2)}
@@ -156,3 +158,44 @@ def test_shapes_that_disagree_are_refused_with_all_three_shapes():
     x, weight, target = problem()
     with pytest.raises(KernelError, match=r"\(37, 24\), \(101, 23\) and \(37,\)"):
         linear_cross_entropy(x, weight[:, :-1], target)
+
+
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+def test_logprobs_of_each_position_and_their_gradients_equal_torch(implementation, softcap):
+    x, weight, target = problem()
+    worth = torch.randn(len(x), generator=torch.Generator().manual_seed(5))
+    with ops.use(implementation, "linear_cross_entropy"):
+        found = linear_logprobs(x, weight, target, softcap, 8)
+        ours = torch.autograd.grad((found * worth).sum(), (x, weight))
+    logits = x @ weight.T
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    picked = logits.log_softmax(-1).gather(1, target.clamp(min=0)[:, None]).squeeze(1)
+    wanted = torch.where(target == -100, 0.0, picked)
+    assert distance(found, wanted) <= 1e-6
+    for one, other in zip(ours, torch.autograd.grad((wanted * worth).sum(), (x, weight)), strict=True):
+        assert distance(one, other) <= 1e-5
+
+
+@needs_triton
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+def test_the_kernel_gives_the_loss_and_gradients_of_the_reference(softcap):
+    x, weight, target = problem(vocab=5003)
+    with ops.use("triton", "linear_cross_entropy"):
+        found = gradients(linear_cross_entropy, x, weight, target, softcap, 8)
+    wanted = gradients(linear_cross_entropy_reference, x, weight, target, softcap)
+    for one, other in zip(found, wanted, strict=True):
+        assert distance(one, other) <= 1e-5
+
+
+def test_positions_may_be_named_that_do_not_count():
+    x, weight, target = problem()
+    everywhere = torch.arange(len(x))
+    total, count = linear_cross_entropy(x, weight, target, counted=everywhere)
+    wanted, wanted_count = linear_cross_entropy(x, weight, target)
+    torch.testing.assert_close(total, wanted)
+    assert count == wanted_count
+    grad_x, grad_weight = torch.autograd.grad(total, (x, weight))
+    other_x, other_weight = torch.autograd.grad(wanted, (x, weight))
+    torch.testing.assert_close(grad_x, other_x)
+    torch.testing.assert_close(grad_weight, other_weight)

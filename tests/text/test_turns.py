@@ -15,6 +15,7 @@ from lumen.errors import ConfigError, DataError
 from lumen.spec import Family
 from lumen.text.chat_format import write_jinja
 from lumen.text.conversation import Conversation, Encoded, PromptCompletion, Text, Turn
+from lumen.text.named_formats import load_format
 from lumen.text.template import ChatTemplate
 from lumen.text.tokenizer import Tokenizer, load_tokenizer
 from lumen.text.turns import (
@@ -317,6 +318,34 @@ def test_thinking_is_learned_in_the_last_turn_and_dropped_from_the_history(share
     assert learned(kept, byte_level) == [f"{turn.content}<|im_end|>" for turn in conversation.turns[1::2]]
 
 
+def test_where_the_prompt_opens_thoughts_only_the_last_answer_can_be_learned(byte_level):
+    template = ChatTemplate(write_jinja(load_format("qwen3-thinking").chat))
+    conversation = talk("One?", "1", "Two?", "<think>\nwell\n</think>\n\n2")
+    with pytest.raises(DataError, match=r"message 2: .*learn the last answer alone \(data.train_on = 'last"):
+        encode_conversation(conversation, byte_level, template)
+    encoded = encode_conversation(conversation, byte_level, template, "last-assistant")
+    assert learned(encoded, byte_level) == ["well\n</think>\n\n2<|im_end|>"]
+    prompt = prompt_ids(conversation.messages[:3], byte_level, template)
+    assert encoded.ids[: len(prompt)] == prompt and encoded.learn[len(prompt)]
+    unlearned = Conversation((conversation.turns[0], Turn("assistant", "1", weight=0), *conversation.turns[2:]))
+    assert encode_conversation(unlearned, byte_level, template) == encoded
+
+
+def test_of_a_named_format_the_words_and_the_end_are_learned(byte_level):
+    for name, end in (
+        ("chatml", "<|im_end|>"),
+        ("llama-3", "<|eot_id|>"),
+        ("gpt-oss", "<|end|>"),
+        ("mistral", "<EOS>"),
+    ):
+        template = ChatTemplate(write_jinja(load_format(name).chat), "<BOS>", "<EOS>", now=NOW)
+        first, last = learned(encode_conversation(talk("One?", "1", "Two?", "2"), byte_level, template), byte_level)
+        assert first.endswith("1" + end) and last.endswith("2" + end.replace("<|end|>", "<|return|>"))
+    template = ChatTemplate(write_jinja(load_format("qwen-3").chat))
+    runs = learned(encode_conversation(talk("One?", "1", "Two?", "2"), byte_level, template), byte_level)
+    assert runs == ["1<|im_end|>", "<think>\n\n</think>\n\n2<|im_end|>"]
+
+
 def test_an_answer_after_a_history_that_was_rewritten_is_still_found(shared_data, byte_level):
     calls = tool_talk(shared_data)
     thought = Turn("assistant", "", more={**calls.turns[1].more, "reasoning_content": "Look it up."})
@@ -489,9 +518,14 @@ def test_a_question_is_asked_through_the_tokenizers_own_template(byte_level):
 @pytest.mark.parametrize("page", [name for name in Family.names() if Family.load(name).page.chat])
 def test_the_template_made_from_a_page_has_the_turns_of_the_page(page):
     chat = Family.load(page).page.chat
-    turns = find_turns(ChatTemplate(write_jinja(chat)))
-    assert (turns.begin, turns.user, turns.assistant) == (chat.begin, tuple(chat.user), tuple(chat.assistant))
-    assert turns.system == (tuple(chat.system) if chat.system else None)
+    turns = find_turns(ChatTemplate(write_jinja(chat), "<BOS>", "<EOS>", now=NOW))
+
+    def fill(*texts: str) -> tuple[str, ...]:
+        return tuple(text.replace("{bos}", "<BOS>").replace("{eos}", "<EOS>") for text in texts)
+
+    assert ((turns.begin,), turns.user, turns.assistant) == (fill(chat.begin), fill(*chat.user), fill(*chat.assistant))
+    assert turns.system == (fill(*chat.system) if chat.system else None)
+    assert turns.system_in_user == chat.system_in_user and turns.default_system == chat.default_system
     roles = {"user", "assistant"} | ({"system"} if chat.system else set())
     assert turns.trim == (roles if chat.trim else set())
 

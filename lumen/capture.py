@@ -1,0 +1,78 @@
+"""Forward and backward pass of a batch, run as they stand or as one CUDA graph.
+
+A small model's step is a thousand launches that take longer to ask for than to run. A graph asks once: the launches of
+one pass are recorded over tensors that stay where they are, and a replay repeats them with what those tensors hold
+then. A recording serves batches of one shape, so rows are made equally wide and the number of learned positions is
+rounded up (`data/batch.stack`). A shape is recorded when it comes for the third time; shapes that come rarely, as the
+last batch of an epoch, run as they stand.
+
+Gradients are summed into the same tensors by both, so an optimizer that goes with this sets them to zero in place.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lumen.data.batch import Batch
+from lumen.models.decoder import Decoder
+from lumen.objectives.base import Loss
+
+MOST = 6  # recordings: each may hold as much memory as one pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recording:
+    graph: torch.cuda.CUDAGraph
+    batch: Batch  # static: a replay reads it
+    loss: Loss  # static: a replay writes it
+
+
+class Passes:
+    """Runs batches and sums their gradients into the parameters; `run` is all there is to call.
+
+    loss     of a batch, as an objective computes it
+    capture  False runs every batch as it stands
+    """
+
+    def __init__(self, model: Decoder, loss: Callable[[Decoder, Batch], Loss], *, capture: bool):
+        self.model, self.loss, self.capture = model, loss, capture
+        self._seen: Counter[tuple] = Counter()
+        self._recordings: dict[tuple, _Recording] = {}
+
+    def run(self, batch: Batch) -> Loss:
+        """Sums the gradients of one batch, which may still lie on the CPU; its loss, detached, on the device."""
+        shape = (*((name, tensor.shape) for name, tensor in batch.tensors.items()), batch.packed)
+        if shape in self._recordings:
+            return self._replay(self._recordings[shape], batch)
+        self._seen[shape] += 1
+        batch = batch.to(self.model.device)
+        if self.capture and self._seen[shape] > 2 and len(self._recordings) < MOST:
+            self._recordings[shape] = self._record(batch)
+            return self._replay(self._recordings[shape], batch)
+        return self._pass(batch)
+
+    def _pass(self, batch: Batch) -> Loss:
+        loss = self.loss(self.model, batch)
+        loss.total.backward()
+        return replace(loss, total=loss.total.detach())
+
+    def _record(self, batch: Batch) -> _Recording:
+        """Records one pass without running it. The passes before have left every buffer and gradient in its place."""
+        batch = replace(batch, **{name: tensor.clone() for name, tensor in batch.tensors.items()})
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            loss = self._pass(batch)
+        return _Recording(graph=graph, batch=batch, loss=loss)
+
+    @staticmethod
+    def _replay(recording: _Recording, batch: Batch) -> Loss:
+        for name, tensor in batch.tensors.items():
+            source: Tensor = tensor if tensor.is_cuda else tensor.pin_memory()
+            getattr(recording.batch, name).copy_(source, non_blocking=True)
+        recording.graph.replay()
+        # copies: the next replay writes over them
+        return Loss(total=recording.loss.total.clone(), count=recording.loss.count.clone())

@@ -1,0 +1,65 @@
+"""`config.json` of a model folder, read into one spelling."""
+
+import json
+from pathlib import Path
+
+from lumen.errors import SpecError
+from lumen.text_half import text_config
+
+LAYER_TYPES = {"full": "full_attention", "window": "sliding_attention"}  # what config.json calls our kinds of layer
+
+
+def read_config(folder: Path | str) -> dict:
+    """`config.json` of a model folder, in the hub's classic spelling.
+
+    Newer writers put `rope_theta` and the scaling into `rope_parameters` and call `torch_dtype` `dtype`; both spellings
+    come out as `rope_theta`, `rope_scaling` (always there, with `rope_type`; "default" means none) and `torch_dtype`.
+    Where each kind of layer has parameters of its own, those of the window layers come out as `rope_local_base_freq`.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise SpecError(
+            f"{path} does not exist. A model is a folder with config.json, safetensors and a tokenizer."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise SpecError(f"{path}: wanted a JSON object, found {type(config).__name__}.")
+    return _classic_spelling(text_config(config, str(path)), str(path))
+
+
+def _classic_spelling(config: dict, where: str) -> dict:
+    config = dict(config)
+    if "dtype" in config:
+        config.setdefault("torch_dtype", config.pop("dtype"))
+    scaling = config.get("rope_scaling") or {}
+    if parameters := config.pop("rope_parameters", None):
+        if not isinstance(parameters, dict):
+            raise SpecError(f"{where}: rope_parameters wants an object, found {parameters!r}.")
+        scaling = dict(parameters)
+        if windowed := scaling.pop(LAYER_TYPES["window"], None):
+            config["rope_local_base_freq"] = _plain_theta(windowed, where)
+        scaling = dict(scaling.pop(LAYER_TYPES["full"], scaling))
+        config["rope_theta"] = scaling.pop("rope_theta", config.get("rope_theta"))
+    if not isinstance(scaling, dict):
+        raise SpecError(f"{where}: rope_scaling wants an object, found {scaling!r}.")
+    scaling = dict(scaling)
+    if (share := scaling.pop("partial_rotary_factor", None)) is not None:  # it counts beside "default", too
+        config["partial_rotary_factor"] = share
+    scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type") or "default"
+    if scaling["rope_type"] == "su":  # what Phi-3 first called it
+        scaling["rope_type"] = "longrope"
+    # what stands beside "default" does not count, as in transformers
+    config["rope_scaling"] = {"rope_type": "default"} if scaling["rope_type"] == "default" else scaling
+    return config
+
+
+def _plain_theta(parameters: dict, where: str) -> float | None:
+    """`rope_theta` of the window layers, whose positions no known family scales."""
+    if (kind := parameters.get("rope_type", "default")) != "default":
+        raise SpecError(
+            f"{where}: rope_parameters.{LAYER_TYPES['window']}.rope_type is {kind!r}; only 'default' is known there."
+        )
+    return parameters.get("rope_theta")

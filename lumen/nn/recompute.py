@@ -1,0 +1,220 @@
+"""What each block keeps for its backward pass, and where: on the device, or in the host's memory meanwhile.
+
+For each token a block can keep
+
+    all        x, q k v, the attention's output, x in the middle, gate, up: everything that a matrix product made
+    attention  the same without gate and up: the MLP runs forward once more, up to them
+    input      x alone: the block runs forward once more, up to gate and up
+
+and make the rest again in its backward pass; norms, activations and what the operations make from these are never kept
+(`ops/lora.py`). What is kept may be *moved*: copied to pinned host memory on a stream of its own while the next block
+computes, and brought back while the one behind it computes its gradient. All three are exact, and give the same bits
+where the operations do.
+
+A `Keeping` says it for one block, `choose_keeping` for all, from the memory that there is.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from lumen.ops.dropout import seeds_noted, seeds_repeated
+from lumen.spec import ModelSpec
+
+Level = Literal["all", "attention", "input"]
+
+_recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
+
+
+def recomputing() -> bool:
+    """Whether a part of a block runs again only for what its backward pass needs: its output is not read."""
+    return _recomputing.get()
+
+
+@contextmanager
+def _again(seeds: list[Tensor]) -> Iterator[None]:
+    token = _recomputing.set(True)
+    try:
+        with seeds_repeated(seeds):
+            yield
+    finally:
+        _recomputing.reset(token)
+
+
+def recomputed(part: Callable[..., Tensor], *arguments, random: bool = False) -> Tensor:
+    """`part(*arguments)`, of which only the arguments are kept for the backward pass.
+
+    random  the part draws random numbers, as dropout does: it must draw the same again
+    """
+    seeds: list[Tensor] = []  # of dropout, which draws them apart from other random numbers
+    return checkpoint(
+        part, *arguments, use_reentrant=False, context_fn=lambda: (seeds_noted(seeds), _again(seeds)),
+        determinism_check="none", preserve_rng_state=random,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What one block keeps, and whether it waits in the host's memory."""
+
+    level: Level = "all"
+    moved: bool = False
+
+
+KEEP_ALL, KEEP_INPUT = Keeping(), Keeping("input")
+
+
+def bytes_per_token(spec: ModelSpec, level: Level, itemsize: int = 2) -> int:
+    """What a block keeps for each token."""
+    attention = 2 * spec.dim + (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim
+    extra = 2 * spec.dim * (spec.norm_at == "around") + (spec.qk_norm == "head") * spec.heads * spec.head_dim
+    values = {"input": spec.dim, "attention": attention + extra, "all": attention + extra + 2 * spec.mlp_dim}[level]
+    return values * itemsize
+
+
+# Moving ---------------------------------------------------------------------------------------------------------------
+
+LEAST_MOVED = 1 << 20  # bytes: what is smaller stays
+
+
+@dataclass
+class _Moved:
+    """One storage on its way to the host, there, or back."""
+
+    host: Tensor  # uint8, pinned
+    device: Tensor | None  # uint8, held until its copy is done; the copy that came back, later
+    ready: torch.cuda.Event  # the newest copy is done
+
+
+@dataclass
+class _Shipment:
+    """All that one block has moved."""
+
+    parts: dict[int, _Moved] = field(default_factory=dict)  # by address of the storage
+    home: bool = False
+
+
+class Mover:
+    """Keeps what blocks save in pinned host memory, a block behind and a block ahead of the computation.
+
+    One object serves one model; its host memory is taken once and used again in every step. Device memory is given back
+    as soon as a copy is done: at most two blocks' worth is on its way in either direction.
+    """
+
+    def __init__(self, device: torch.device):
+        self.out, self.back = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._free: dict[int, list[Tensor]] = {}
+        self._sent: list[_Shipment] = []
+
+    def start(self) -> None:
+        """A forward pass begins: what an abandoned one left is forgotten."""
+        for shipment in self._sent:
+            for part in shipment.parts.values():
+                self._free.setdefault(part.host.numel(), []).append(part.host)
+        self._sent = []
+
+    def block(self) -> AbstractContextManager:
+        """Inside the `with`, a block runs forward, and what it saves is moved."""
+        shipment = _Shipment()
+        self._sent.append(shipment)
+        number = len(self._sent) - 1
+        if number >= 2:
+            self._let_go(self._sent[number - 2])
+
+        def pack(tensor: Tensor):
+            storage = tensor.untyped_storage()
+            if not tensor.is_cuda or tensor.is_leaf or storage.nbytes() < LEAST_MOVED:
+                return tensor
+            address = storage.data_ptr()
+            if address not in shipment.parts:
+                shipment.parts[address] = self._send(storage)
+            return number, address, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+        def unpack(packed) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            number, address, dtype, shape, stride, offset = packed
+            self._fetch(number)
+            part = self._sent[number].parts[address]
+            torch.cuda.current_stream().wait_event(part.ready)
+            return part.device.view(dtype).as_strided(shape, stride, offset)
+
+        return saved_tensors_hooks(pack, unpack)
+
+    def _send(self, storage: torch.UntypedStorage) -> _Moved:
+        size = storage.nbytes()
+        pool = self._free.setdefault(size, [])
+        host = pool.pop() if pool else torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        device = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (size,))
+        self.out.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.out):
+            host.copy_(device, non_blocking=True)
+        return _Moved(host=host, device=device, ready=self.out.record_event())
+
+    def _let_go(self, shipment: _Shipment) -> None:
+        """Gives device memory back; the main stream waits for the copies, so that nobody writes there before."""
+        for part in shipment.parts.values():
+            torch.cuda.current_stream().wait_event(part.ready)
+            part.device = None
+
+    def _fetch(self, number: int) -> None:
+        """Sees that block `number` is home and the one before it on its way; frees what the one behind has used."""
+        for wanted in (number, number - 1):
+            if wanted >= 0 and not self._sent[wanted].home:
+                self._bring_home(self._sent[wanted])
+        for shipment in self._sent[number + 1 :]:
+            for part in shipment.parts.values():
+                part.device = None
+                self._free.setdefault(part.host.numel(), []).append(part.host)
+            shipment.parts = {}
+
+    def _bring_home(self, shipment: _Shipment) -> None:
+        shipment.home = True
+        for part in shipment.parts.values():
+            if part.device is not None:  # its copy was never let go: it is still here
+                continue
+            part.device = torch.empty(part.host.numel(), dtype=torch.uint8, device=self.back.device)
+            self.back.wait_stream(torch.cuda.current_stream())  # whoever had this memory before is done with it
+            with torch.cuda.stream(self.back):
+                part.device.copy_(part.host, non_blocking=True)
+            part.ready = self.back.record_event()
+
+
+# Choosing -------------------------------------------------------------------------------------------------------------
+
+
+def choose_keeping(spec: ModelSpec, tokens: int, room_bytes: int, *, may_move: bool) -> tuple[Keeping, ...]:
+    """One `Keeping` a block, the fastest that fits `tokens` tokens into `room_bytes` of device memory.
+
+    The last blocks keep all: theirs is needed first and freed first. The others, measured on an H200, fastest first:
+    a few compute their MLP again; all of them do, and what attention made waits in the host's memory, over a bus that
+    is idle otherwise; they keep their input alone, there or here.
+    """
+    depth = len(spec.layers)
+    cost = {level: bytes_per_token(spec, level) * tokens for level in ("all", "attention", "input")}
+
+    def mixed(least: Keeping, each: int, fixed: int = 0) -> tuple[Keeping, ...]:
+        """As many blocks as fit keep all, the rest `least`, at `each` bytes a block and `fixed` for them together."""
+        whole = int((room_bytes - fixed - depth * each) // (cost["all"] - each))
+        whole = min(max(whole, 0), depth)
+        return (least,) * (depth - whole) + (KEEP_ALL,) * whole
+
+    if depth * cost["all"] <= room_bytes:
+        return (KEEP_ALL,) * depth
+    on_device = mixed(Keeping("attention"), cost["attention"])
+    if on_device.count(KEEP_ALL) >= depth // 2:
+        return on_device
+    if not may_move:
+        return mixed(KEEP_INPUT, cost["input"])
+    # what is moved is on the device while it goes, and while it comes
+    going = 3 * cost["attention"] // 2
+    if going <= room_bytes:
+        return mixed(Keeping("attention", moved=True), 0, going)
+    return mixed(Keeping("input", moved=True), 0, 3 * cost["input"])

@@ -1,0 +1,200 @@
+"""The low-rank pairs of a group of layers side by side, for `ops/project.py`: the waist and its gradients, also where a
+layer drops elements of its input (`ops/dropout.py`) or learns the length of its rows (`ops/dora.py`).
+
+    x̃ = thin(x), other elements for each layer      r = m / ‖V‖, 1 without a learned length      z = x̃ Wᵀ + (x̃ Aᵀ) uᵀ
+
+                       nothing dropped             dropped, with PEFT's meaning: all that is added to W x sees x̃
+    y                  r ∘ z                       x Wᵀ + (x̃ Aᵀ) uᵀ + (r − 1) ∘ z
+    ∂x                 (r ∘ ∂y) W + ∂xa A          ∂y W + thin(∂xa A + ((r − 1) ∘ ∂y) W)
+
+    ∂xa = (r ∘ ∂y) u        ∂A = ∂xaᵀ x̃        ∂B = scale · (r ∘ ∂y)ᵀ (x̃ Aᵀ)        ∂m = Σ ∂y ∘ z / ‖V‖
+
+x̃ is made again wherever it is read. z is kept where m learns: as much as the layers put out; making it again would be
+one more product with W.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lumen.ops.dora import row_lengths, scale_gradient, scale_rows, turned_lengths
+from lumen.ops.dropout import thin_rows
+from lumen.ops.fp8 import Fp8Weight, fp8_gradient
+from lumen.ops.nf4 import NF4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a group is no tensor: how the input is made, which layers there are."""
+
+    source: str  # plain | norm | gated
+    nf4: tuple[NF4 | None, ...]
+    outputs: tuple[int, ...]
+    ranks: tuple[int, ...]  # 0 without an update
+    scales: tuple[float, ...]
+    dropouts: tuple[float, ...] = ()  # 0 where nothing is dropped
+    decomposed: tuple[bool, ...] = ()  # whether the length of the rows learns
+    eps: float = 0.0
+    plus_one: bool = False
+    kind: str = ""  # of the gated activation
+    dead: bool = False  # the outputs are not needed: only what the backward pass wants is
+    fp8: Fp8Weight | None = None  # W of all layers in 8 bits, if its products shall be of these
+
+    @property
+    def waist(self) -> int:
+        """The ranks side by side, filled up to a multiple of 8: columns then begin at multiples of 16 bytes."""
+        return -(-sum(self.ranks) // 8) * 8
+
+    @property
+    def thins(self) -> bool:
+        return any(self.dropouts)
+
+    @property
+    def turns(self) -> bool:
+        return any(self.decomposed)
+
+    def pairs(self) -> Iterator[tuple[int, slice, slice]]:
+        """(index, its outputs, its columns of the waist) of each layer that has a pair."""
+        row = column = 0
+        for i, (outputs, rank) in enumerate(zip(self.outputs, self.ranks, strict=True)):
+            if rank:
+                yield i, slice(row, row + outputs), slice(column, column + rank)
+            row, column = row + outputs, column + rank
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in fp32, whatever their dtype: gradients of fp32 masters are not rounded on the way."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def _thin(plan: Plan, i: int, x: Tensor, seeds: Tensor | None, add_to: Tensor | None = None) -> Tensor:
+    """x̃ of layer `i`; or `add_to` with it added."""
+    if not plan.dropouts[i]:
+        return x if add_to is None else add_to.add_(x)
+    return thin_rows(x if x.stride(-1) == 1 else x.contiguous(), plan.dropouts[i], seeds[i], add_to)
+
+
+# Forward --------------------------------------------------------------------------------------------------------------
+
+
+def waists(plan: Plan, inputs: Tensor, below: Tensor, seeds: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """x̃ Aᵀ (N, W) of all layers side by side; `below` (W, in) is A."""
+    if not plan.thins:
+        return torch.mm(inputs, below.T, out=out)
+    found = inputs.new_empty(len(inputs), plan.waist) if out is None else out
+    found[:, sum(plan.ranks) :] = 0
+    for i, _, columns in plan.pairs():
+        torch.mm(_thin(plan, i, inputs, seeds), below[columns].T, out=found[:, columns])
+    return found
+
+
+def waist_weight(plan: Plan, a: Sequence[Tensor | None], width: int, like: Tensor) -> Tensor:
+    """A (W, in), in `like`'s dtype."""
+    weight = like.new_zeros(plan.waist, width)
+    for i, _, columns in plan.pairs():
+        weight[columns].copy_(a[i])
+    return weight
+
+
+def turned(
+    plan: Plan, y: Tensor, start: Tensor | None, inputs: Tensor, waist: Tensor, stacked: Tensor,
+    dense: Sequence, a: Sequence, b: Sequence, magnitude: Sequence, seeds: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What a group with learned lengths gives (N, Σ out); z; r and ‖V‖ (Σ out,) fp32.
+
+    y      x Wᵀ + (x̃ Aᵀ) uᵀ, with `start` in it where something is dropped, and without it where nothing is
+    start  what is added to the outputs: (N, Σ out), (Σ out,) or None
+    """
+    width, outputs = inputs.shape[1], sum(plan.outputs)
+    crossed = wide_product(stacked[:outputs, :width], stacked[outputs:, :width].T)  # W Aᵀ, (Σ out, W)
+    lengths, ratio = (torch.ones(outputs, dtype=torch.float32, device=y.device) for _ in range(2))
+    for i, rows, columns in plan.pairs():
+        if plan.decomposed[i]:
+            own = row_lengths(dense[i] if plan.nf4[i] is None else plan.nf4[i])
+            lengths[rows] = turned_lengths(own, crossed[rows, columns], a[i], b[i], plan.scales[i])
+            torch.div(magnitude[i], lengths[rows], out=ratio[rows])
+    if not plan.thins:
+        return scale_rows(y, ratio, start), y, ratio, lengths
+    z = torch.zeros_like(y)
+    for i, rows, columns in plan.pairs():
+        if plan.decomposed[i]:
+            torch.mm(_thin(plan, i, inputs, seeds), stacked[rows, :width].T, out=z[:, rows])
+            z[:, rows].addmm_(waist[:, columns], stacked[rows, width:][:, columns].T)
+    return scale_rows(z, ratio - 1, start=y, out=y), z, ratio, lengths
+
+
+# Backward -------------------------------------------------------------------------------------------------------------
+
+
+def turned_gradient(
+    plan: Plan, grad: Tensor, z: Tensor | None, ratio: Tensor, lengths: Tensor
+) -> tuple[Tensor, list[Tensor | None]]:
+    """r ∘ ∂y (N, Σ out), and ∂m of each layer; z is None where no length learns."""
+    scaled, sums = scale_gradient(grad, z, ratio)
+    grad_magnitude: list[Tensor | None] = [None] * len(plan.outputs)
+    for i, rows, _ in plan.pairs():
+        if plan.decomposed[i] and sums is not None:
+            grad_magnitude[i] = sums[rows] / lengths[rows]
+    return scaled, grad_magnitude
+
+
+def grad_inputs(
+    plan: Plan, grad: Tensor, scaled: Tensor, grad_waist: Tensor | None, stacked: Tensor, width: int,
+    ratio: Tensor | None, seeds: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """∂x (N, in) for ∂y, r ∘ ∂y and ∂xa, with as few passes as can be over whichever of ∂y and ∂x is wider."""
+    outputs = sum(plan.outputs)
+    if plan.fp8 is not None:
+        found = fp8_gradient(grad, plan.fp8)
+        if grad_waist is not None and not plan.thins:
+            found.addmm_(grad_waist, stacked[outputs:, :width])
+    elif grad_waist is None or plan.thins:
+        found = grad @ stacked[:outputs, :width]
+    elif outputs < width:
+        return torch.cat((scaled, grad_waist), 1) @ stacked[:, :width]
+    else:
+        return (grad_waist @ stacked[outputs:, :width]).addmm_(scaled, stacked[:outputs, :width])
+    if not plan.thins:
+        return found
+    for i, rows, columns in plan.pairs():
+        part = grad_waist[:, columns] @ stacked[outputs:, :width][columns]
+        if plan.decomposed[i]:
+            part.addmm_(scale_rows(grad[:, rows], ratio[rows] - 1), stacked[rows, :width])
+        _thin(plan, i, part, seeds, add_to=found)
+    return found
+
+
+def grad_a(plan: Plan, grad_waist: Tensor, inputs: Tensor, seeds: Tensor | None) -> list[Tensor | None]:
+    """∂A of each layer, from one product that reads the input once where nothing is dropped."""
+    product = None if plan.thins else wide_product(grad_waist.T, inputs)  # (W, in)
+    found: list[Tensor | None] = [None] * len(plan.outputs)
+    for i, _, columns in plan.pairs():
+        thin = _thin(plan, i, inputs, seeds) if product is None else inputs
+        found[i] = wide_product(grad_waist[:, columns].T, thin) if product is None else product[columns]
+    return found
+
+
+def grad_b(plan: Plan, scaled: Tensor, waist: Tensor) -> list[Tensor | None]:
+    """∂B of each layer, from one product that reads the gradient once; what is off the diagonal is thrown away."""
+    product = wide_product(scaled.T, waist)  # (Σ out, W)
+    found: list[Tensor | None] = [None] * len(plan.outputs)
+    for i, rows, columns in plan.pairs():
+        found[i] = product[rows, columns] * plan.scales[i]
+    return found
+
+
+def grad_dense(
+    plan: Plan, grad: Tensor, scaled: Tensor, inputs: Tensor, dense: Sequence[Tensor | None], needs: Sequence[bool],
+    ratio: Tensor | None, seeds: Tensor | None,
+) -> list[Tensor | None]:  # fmt: skip
+    """∂W of each layer that learns whole."""
+    pieces = (grad if plan.thins else scaled).split(plan.outputs, dim=1)
+    found = [wide_product(piece.T, inputs) if need else None for piece, need in zip(pieces, needs, strict=True)]
+    for i, rows, _ in plan.pairs():
+        if plan.thins and plan.decomposed[i] and needs[i]:
+            found[i] += wide_product(scale_rows(grad[:, rows], ratio[rows] - 1).T, _thin(plan, i, inputs, seeds))
+    return [None if part is None else part.to(w.dtype) for part, w in zip(found, dense, strict=True)]

@@ -1,0 +1,235 @@
+"""Rotary positions against transformers: the tables of every kind, the part of a head that turns, and refusals."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+from lumen.errors import SpecError
+from lumen.nn.rope import Rotation, document_ends
+from lumen.ops.rotary import rotary
+from lumen.page import RopePage
+from lumen.spec import Family, ModelSpec, load_family
+
+TRAINED = 32  # tokens
+SHORT, LONG = [1.0, 1.1, 1.3, 1.2, 1.5, 1.6], [1.0, 1.5, 2.5, 2.0, 6.0, 8.0]
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": None,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED}
+LONGROPE = {"rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG}
+PHI3 = {"original_max_position_embeddings": TRAINED, "partial_rotary_factor": 0.75, "sliding_window": 64}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+TABLES = {  # what is special → the classes' first word and what config.json says
+    "plain": ("Llama", {}),
+    "linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama3": ("Llama", {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": TRAINED}}),
+    "yarn": ("Qwen2", {"rope_scaling": YARN}),
+    "yarn, steep": ("Qwen2", {"rope_scaling": YARN, "rope_theta": 5.0}),
+    "yarn, one pair wide": ("Qwen2", {"rope_scaling": YARN | {"beta_fast": 1.0}, "rope_theta": 1e9}),
+    "yarn, betas": ("Qwen2", {"rope_scaling": YARN | {"beta_fast": 2.0, "beta_slow": 0.25}, "rope_theta": 100.0}),
+    "yarn, betas, not truncated": (
+        "Qwen2",
+        {"rope_scaling": YARN | {"beta_fast": 2.0, "beta_slow": 0.25, "truncate": False}, "rope_theta": 100.0},
+    ),
+    "yarn, attention factor": ("Qwen2", {"rope_scaling": YARN | {"attention_factor": 0.7}}),
+    "yarn, mscales": ("Qwen2", {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 2.0}}),
+    "yarn, one mscale": ("Qwen2", {"rope_scaling": YARN | {"mscale": 0.7}}),
+    "yarn, factor 1": ("Qwen2", {"rope_scaling": YARN | {"factor": 1.0}}),
+    "yarn, trained length left out": ("Qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
+    "longrope": ("Phi3", PHI3 | {"rope_scaling": LONGROPE}),
+    "longrope, all of a head": (
+        "Phi3",
+        {
+            "original_max_position_embeddings": TRAINED,
+            "sliding_window": 64,
+            "rope_scaling": LONGROPE | {"short_factor": [*SHORT, 2.0, 3.0], "long_factor": [*LONG, 9.0, 9.5]},
+        },
+    ),
+    "longrope, factor": ("Phi3", PHI3 | {"rope_scaling": LONGROPE | {"factor": 16.0}}),
+    "longrope, attention factor": ("Phi3", PHI3 | {"rope_scaling": LONGROPE | {"attention_factor": 1.3}}),
+    "longrope, no longer than trained": ("Phi3", PHI3 | {"rope_scaling": LONGROPE, "max_position_embeddings": 16}),
+    "partial": ("Phi3", PHI3),
+}
+EMBEDDINGS = {"Llama": LlamaRotaryEmbedding, "Qwen2": Qwen2RotaryEmbedding, "Phi3": Phi3RotaryEmbedding}
+
+
+def write_config(folder, word: str, settings: dict) -> transformers.PreTrainedConfig:
+    # through JSON, since transformers writes into the dictionaries that it is given
+    config = getattr(transformers, f"{word}Config")(**json.loads(json.dumps(SIZES | settings)))
+    config.architectures = [f"{word}ForCausalLM"]
+    config.save_pretrained(folder)
+    return config
+
+
+def bound(folder, word: str, settings: dict) -> ModelSpec:
+    write_config(folder, word, settings)
+    return load_family(folder)
+
+
+def their_table(config: transformers.PreTrainedConfig, word: str, positions: torch.Tensor):
+    """(cos, sin) of transformers, without the second half, which is the first once more."""
+    tables = EMBEDDINGS[word](config)(torch.zeros(1), positions)
+    return [table[..., : table.shape[-1] // 2] for table in tables]
+
+
+@pytest.mark.parametrize("length", [1, TRAINED, TRAINED + 1, 200])
+@pytest.mark.parametrize("what", TABLES)
+def test_tables_equal_those_of_transformers(tmp_path, what, length):
+    """Bit for bit; but llama3 mixes divisors, which a GGUF file wants, where transformers mixes frequencies."""
+    word, settings = TABLES[what]
+    config = write_config(tmp_path, word, settings)
+    positions = torch.arange(length)[None]
+    [found] = Rotation(load_family(tmp_path)).tables(positions).values()
+    for ours, theirs in zip(found, their_table(config, word, positions), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5 if what == "llama3" else 0, rtol=0)
+
+
+def test_the_cases_differ_from_each_other(tmp_path):
+    """No switch of the table is close to doing nothing."""
+    tables = {}
+    for what, (word, settings) in TABLES.items():
+        [(tables[what], _)] = Rotation(bound(tmp_path / what, word, settings)).tables(torch.arange(100)[None]).values()
+    same = {
+        (first, second)
+        for first, second in itertools.combinations(tables, 2)
+        if tables[first].shape == tables[second].shape and (tables[first] - tables[second]).abs().max() < 1e-3
+    }
+    # factor 1 slows nothing, and one of two mscales does not count
+    assert same == {("plain", "yarn, factor 1"), ("yarn", "yarn, one mscale")}
+
+
+def test_the_other_spellings_bind_to_the_same_rope(tmp_path):
+    newer = bound(tmp_path, "Phi3", PHI3 | {"rope_scaling": LONGROPE})
+    assert newer.rope.kind == "longrope" and newer.rope.turned == 12
+    config = json.loads((tmp_path / "config.json").read_text())
+    parameters = config.pop("rope_parameters")
+    assert parameters.pop("partial_rotary_factor") == 0.75  # transformers 5 keeps it there
+    parameters.pop("original_max_position_embeddings")
+    for word in ("longrope", "su"):
+        scaling = {"type": word, "short_factor": parameters["short_factor"], "long_factor": parameters["long_factor"]}
+        classic = config | {"rope_scaling": scaling, "rope_theta": parameters["rope_theta"]}
+        (tmp_path / "config.json").write_text(json.dumps(classic | {"partial_rotary_factor": 0.75}))
+        assert load_family(tmp_path).rope == newer.rope
+
+
+# --- which of longrope's lists ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def longrope(tmp_path) -> Rotation:
+    return Rotation(bound(tmp_path, "Phi3", PHI3 | {"rope_scaling": LONGROPE}))
+
+
+def table(rotation: Rotation, positions: torch.Tensor, reach: torch.Tensor | None = None) -> torch.Tensor:
+    [(cos, sin)] = rotation.tables(positions, reach).values()
+    return torch.stack([cos, sin])
+
+
+def test_each_document_of_a_row_and_each_row_is_turned_as_if_alone(longrope):
+    lengths = [5, TRAINED + 1, 1, TRAINED, 40]
+    rows = torch.stack([torch.cat([torch.arange(length) for length in order]) for order in (lengths, lengths[::-1])])
+    together = table(longrope, rows)
+    for row, order in enumerate((lengths, lengths[::-1])):
+        for part, length in zip(together[:, row].split(order, dim=1), order, strict=True):
+            assert torch.equal(part, table(longrope, torch.arange(length)[None])[:, 0])
+
+
+def test_a_piece_of_a_long_row_is_turned_as_the_whole_row_is(longrope):
+    positions = torch.arange(50).expand(2, 50)
+    reach = torch.tensor([[49], [20]])  # the second row is a short one, as far as anybody knows
+    whole, piece = table(longrope, positions), table(longrope, positions[:, :10], reach)
+    assert torch.equal(piece[:, 0], whole[:, 0, :10])
+    assert torch.equal(piece[:, 1], table(longrope, positions[:1, :10])[:, 0])
+    assert not torch.equal(piece[:, 0], piece[:, 1])
+
+
+def test_left_padding_does_not_change_what_a_row_is_turned_by(longrope):
+    padded = torch.tensor([[0, 0, 0, *range(TRAINED + 1)], [*range(TRAINED + 4)]])
+    assert torch.equal(table(longrope, padded)[:, 0, 3:], table(longrope, torch.arange(TRAINED + 1)[None])[:, 0])
+
+
+def test_document_ends():
+    positions = torch.tensor([[0, 1, 2, 0, 0, 1], [4, 5, 6, 7, 8, 9]])
+    assert document_ends(positions).tolist() == [[2, 2, 2, 0, 1, 1], [9] * 6]
+
+
+# --- the part of a head that turns -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [2, 12, 16])
+def test_only_the_first_part_of_a_head_turns(width):
+    random = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 2, 7, 3, 16, generator=random)
+    angles = torch.randn(2, 7, width // 2, generator=random)
+    cos, sin = angles.cos(), angles.sin()
+    both = (torch.cat([half, half], dim=-1) for half in (cos, sin))
+    wanted = apply_rotary_pos_emb(q, k, *both, unsqueeze_dim=2)
+    for x, theirs in zip((q, k), wanted, strict=True):
+        found = rotary(x, cos, sin)
+        assert torch.equal(found, theirs)
+        assert torch.equal(found[..., width:], x[..., width:])
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "settings", "changes", "words"),
+    [
+        ("Qwen2", {}, {"rope_type": "dynamic"}, "rope_type is 'dynamic'; family 'qwen2' wants 'default' or 'yarn'"),
+        ("Qwen2", {"rope_scaling": YARN}, {"alpha": 3.0}, "alpha is 3.0, and the rope 'yarn' of family 'qwen2' reads"),
+        ("Qwen2", {"rope_scaling": YARN}, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; family"),
+        ("Qwen2", {"rope_scaling": YARN}, {"factor": None}, "wants 'rope_scaling.factor', found neither"),
+        ("Qwen2", {"rope_scaling": YARN}, {"factor": 0.5}, "factor >= 1, found 10000.0 and 0.5"),
+        ("Qwen2", {"rope_scaling": YARN}, {"beta_fast": 0.5}, "0 < beta_slow <= beta_fast"),
+        ("Qwen2", {"rope_scaling": YARN}, {"truncate": "no"}, "rope_scaling.truncate wants true or false, found 'no'"),
+        ("Qwen2", {"rope_scaling": YARN}, {"attention_factor": -1.0}, "attention_factor wants a number above 0"),
+        ("Qwen2", {"rope_scaling": YARN}, {"original_max_position_embeddings": 1}, "trained with, found 1"),
+        ("Llama", TABLES["llama3"][1], {"mscale": 1.0}, "rope_scaling.mscale is 1.0, and the rope 'llama3'"),
+        ("Phi3", TABLES["longrope"][1], {"long_factor": LONG[:5]}, "rope_scaling.long_factor wants 6 numbers"),
+        ("Phi3", TABLES["longrope"][1], {"short_factor": "1.0"}, "short_factor wants a list of numbers above 0"),
+        ("Phi3", TABLES["longrope"][1], {"short_factor": [*SHORT[:5], 0.0]}, "a list of numbers above 0"),
+        ("Phi3", TABLES["longrope"][1], {"beta_fast": 32}, "beta_fast is 32, and the rope 'longrope'"),
+        ("Phi3", PHI3, {"partial_rotary_factor": 0.7}, "partial_rotary_factor is 0.7; family 'phi3' turns 1"),
+    ],
+)
+def test_a_rope_that_is_not_understood_is_refused(tmp_path, word, settings, changes, words):
+    write_config(tmp_path, word, settings)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SpecError) as refused:
+        load_family(tmp_path)
+    assert words in str(refused.value)
+    assert "config.json" in str(refused.value)
+
+
+def test_a_page_of_one_kind_refuses_a_config_of_another(tmp_path):
+    """Whatever its [match] and [expect] let through."""
+    config = json.loads(json.dumps(bound(tmp_path, "Qwen2", {}).config))
+    page = Family.load("qwen2").page
+    plain = Family(replace(page, rope={"full": RopePage(kind="plain", theta="rope_theta")}))
+    assert plain.bind(config).rope.kind == "plain"
+    with pytest.raises(SpecError, match="rope_type is 'dynamic'; family 'qwen2' wants 'default'"):
+        plain.bind(config | {"rope_scaling": {"rope_type": "dynamic"}})
+
+
+def test_a_yarn_context_is_as_long_as_yarn_makes_it(tmp_path):
+    """Qwen 2.5's model card adds rope_scaling and leaves max_position_embeddings at the length without it."""
+    settings = {"rope_scaling": YARN, "max_position_embeddings": TRAINED}
+    assert bound(tmp_path, "Qwen2", settings).context_length == 4 * TRAINED
+    assert bound(tmp_path, "Qwen2", settings | {"max_position_embeddings": 400}).context_length == 400
