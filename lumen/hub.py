@@ -47,7 +47,7 @@ TEXT = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template*", "generation_config.json"),
 )
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # told from other files only to say why they are refused; never opened
 
 
 @dataclass(frozen=True, kw_only=True)

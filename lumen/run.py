@@ -10,8 +10,8 @@
 A step counts finished updates of the optimizer: checkpoint N and lines of step N are about the model after N updates.
 
 A checkpoint is filled in a temporary folder, made durable, and renamed, so that a crash leaves it whole or not there.
-Its manifest says the size and SHA-256 of every file: what was damaged later is seen before it is used. Nothing is ever
-unpickled; a file that the manifest does not name is not opened.
+Its manifest says the size and SHA-256 of every file: what was damaged later is seen before it is used. All of it is
+safetensors and JSON, which hold no programs; a file that the manifest does not name is not opened.
 """
 
 import base64

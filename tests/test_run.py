@@ -38,7 +38,7 @@ def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
     weight = torch.full((3, 5), float(step))
     return {
         "adapter": {"attn.q.a": weight, "attn.q.b": weight.bfloat16()},
-        "optimizer": {"exp_avg.attn.q.a": weight, "updates.attn.q.a": torch.tensor(step)},
+        "optimizer": {"mean.attn.q.a": weight, "updates.attn.q.a": torch.tensor(step)},
     }
 
 

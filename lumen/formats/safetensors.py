@@ -35,7 +35,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 2**30
 METADATA = {"format": "pt"}  # other readers refuse a file that does not say which framework's layout it has
-PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+PICKLES = {".bin", ".pt", ".pth", ".ckpt"}  # told from other files only to say why they are refused; never opened
 
 DTYPES = {
     "F64": torch.float64,
