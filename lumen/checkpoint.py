@@ -47,8 +47,8 @@ def load_model(
     fp8     while the model trains, multiply by the linear layers of every block in 8 bits (`ops/fp8.py`)
     device  auto takes a GPU when there is one
 
-    SpecError when no page describes `config.json`; CheckpointError for missing, extra or mis-shaped tensors;
-    ConfigError for a device that is not there, or has no products in 8 bits.
+    SpecError when no page describes `config.json`; CheckpointError for missing, extra or mis-shaped tensors, and for
+    NaN or infinity in what is packed; ConfigError for a device that is not there, or has no products in 8 bits.
     """
     place = choose_device(device)
     if fp8 and (complaint := refusal(place)):
@@ -58,6 +58,7 @@ def load_model(
         model = Decoder(spec, choose_dtype(dtype, place))
     packing = nf4 and not files.prequantized
     places = [(name, part) for name in spec.tensors() for part in name.parts]  # of a stack one slice after the other
+    offsets: dict[Part, Tensor] = {}  # mean scales of what is packed here
     with files:
         stored = (read_stored(files, part) for _, part in places)
         for (name, part), weight in zip(places, carry(stored, place), strict=True):
@@ -65,7 +66,14 @@ def load_model(
                 if nf4 and _place_packed(model, name, part, weight):
                     continue
                 weight = dequantize_nf4(weight, torch.float32)
-            _place(model, name, part, weight, packing, place)
+            if packing and _is_packed(model, name):
+                # from the file's own values, before any rounding to the compute dtype
+                packed = quantize_nf4(weight.to(place), check=False)
+                _place_packed(model, name, part, packed)
+                offsets[part] = packed.offset
+            else:
+                _place(model, name, part, weight, place)
+        _refuse_damaged(offsets, files)
     if fp8:
         _round_blocks(model, folder)
     return model.eval()
@@ -130,7 +138,7 @@ def new_model(spec: ModelSpec, *, seed: int, device: str = "auto") -> Decoder:
             one = name.role.endswith("norm.weight") and spec.norm == "rms"
             values = torch.full(name.shape, 1.0 if one else 0.0)
         for part in name.parts:
-            _place(model, name, part, _slice(values, part), False, place)
+            _place(model, name, part, _slice(values, part), place)
     return model.eval()
 
 
@@ -280,6 +288,14 @@ def _slice(values: Tensor, part: Part) -> Tensor:
     return values if part.index is None else values[part.index]
 
 
+def _is_packed(model: Decoder, name: TensorName) -> bool:
+    """Whether a role is the weight of a linear layer of a block: those are what NF4 packs."""
+    role, _, kind = name.role.rpartition(".")
+    module = model.get_submodule(role)
+    linear = kind == "weight" and isinstance(module, Linear) and role.startswith("blocks.")
+    return linear or isinstance(module, ExpertLinear)
+
+
 def _place_packed(model: Decoder, name: TensorName, part: Part, stored: NF4) -> bool:
     """Puts blocks into their layer as they are; False for what is no linear layer of a block, and stays dense."""
     module = model.get_submodule(name.role.removesuffix(".weight"))
@@ -292,15 +308,25 @@ def _place_packed(model: Decoder, name: TensorName, part: Part, stored: NF4) -> 
     return True
 
 
-def _place(model: Decoder, name: TensorName, part: Part, values: Tensor, nf4: bool, device: torch.device) -> None:
+def _refuse_damaged(offsets: dict[Part, Tensor], files: Weights) -> None:
+    """CheckpointError for the first weight that held NaN or infinity: its mean scale is no number. All are looked at
+    together, for looking waits for the GPU."""
+    values = list(offsets.values())
+    if not values or values[0].is_meta:
+        return
+    for part, sound in zip(offsets, torch.stack(values).isfinite().tolist(), strict=True):
+        if not sound:
+            raise CheckpointError(
+                f"{files.file_of(part.name)}: {part.name!r}: NF4 wants finite values, found NaN or infinity in "
+                f"{tuple(files.shape(part.name))}. Is the file damaged?"
+            )
+
+
+def _place(model: Decoder, name: TensorName, part: Part, values: Tensor, device: torch.device) -> None:
     role, _, kind = name.role.rpartition(".")
     module = model.get_submodule(role)
     dtype = torch.float32 if name.exact else model.dtype
     if isinstance(module, ExpertLinear):
-        values = values.to(device)
-        module.place_packed(part.index, quantize_nf4(values)) if nf4 else module.place(part.index, values, dtype)
-        return
-    if nf4 and kind == "weight" and isinstance(module, Linear) and role.startswith("blocks."):
-        module.quantize(values.to(device))  # from the file's own values, before any rounding to the compute dtype
+        module.place(part.index, values.to(device), dtype)
         return
     setattr(module, kind, nn.Parameter(values.to(device, dtype), requires_grad=False))

@@ -92,6 +92,7 @@ class Data:
     max_length: Annotated[int, Meta(ge=2)] = 2048  # T, tokens in a row
     packing: bool = True  # several examples share a row, none sees another
     too_long: Literal["error", "split", "truncate", "drop"] = "error"  # fate of an example longer than max_length
+    workers: CountOrOff | Literal["auto"] = "auto"  # processes that encode; 0 = none; auto = by records and cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,7 @@ class Train:
     offload: bool = True  # under "auto", what does not fit may wait in the host's memory instead
     memory_gib: NotNegative = 0.0  # device memory that the run may take; 0 = what is free
     optimizer_bits: Literal["auto", 8, 32] = "auto"  # of AdamW's averages; auto = 8 on a GPU for large adapters
+    optimizer_paged: bool = False  # on a GPU, AdamW's averages lie in the host's memory, for some time on the bus
     graph: bool = True  # on a GPU, run a step as one CUDA graph where its shapes allow
     profile: bool = False  # record one step: a trace, and a table of where the time went
     eval_every: CountOrOff = 0  # steps between evaluations; 0 = at the end only

@@ -81,9 +81,6 @@ def available(model: Decoder) -> dict[str, str]:
     static = {"static": "the step that a graph captures, launched from Python"}
     if model.device.type != "cuda":
         return {"reference": "not on a GPU: there are no launches to save"} | static
-    if model.embed.scale != 1.0:
-        # until the embedding's factor is a number and no tensor
-        return {"reference": "a scaled embedding: each step uploads the factor, which a graph cannot"} | static
     graph = {"graph": "a CUDA graph: one launch a token"}
     return graph | static | {"reference": "the growing cache, launched from Python"}
 

@@ -1,15 +1,15 @@
 """python -m lumen.plan: what a run will need before it starts: memory, tokens, steps, time; and how it uses its memory.
 
-Counting. A linear layer of n weights costs 2n operations a token forward, 2n for the gradient of its input, and 2n for
-its own gradient where it learns. Attention costs 4·H·E operations for each pair of a query and a key that it sees,
-forward, and 2.5 times as much backward. Only learned positions meet the head. `flops_per_token`, which progress lines
-divide by time, leaves out what is computed again and what an adapter adds: it is the work that the step is for.
-
 Memory, besides the weights, is: 4 bytes a learned value for itself, 4 for its gradient, AdamW's averages, one unpacked
-group of layers, what the blocks keep (`nn/recompute.py`), and what one block's backward pass works with.
+group of layers or, where there is room, all of them, what the blocks keep (`nn/recompute.py`), and what one block's
+backward pass or the loss works with.
 
-Time is the work at the rates of this GPU, measured when asked: products, and bytes moved by everything else. On a CPU,
-where a small model's time is the interpreter's, none is foretold.
+From these sums a run chooses what its blocks keep, and so does a plan. On a GPU a plan then runs passes of a few blocks
+that keep so (`probe.py`), and foretells time and peak from what they took. Of experts, and where not even that fits, it
+tells the sums, and the time of the work at the measured rates of this GPU: products, and bytes moved by everything
+else. On a CPU, where a small model's time is the interpreter's, none is foretold.
+
+The peak is that of what PyTorch allocates, as in a run's metrics; the CUDA context comes on top, half a GiB and less.
 """
 
 import argparse
@@ -22,12 +22,15 @@ import torch
 
 from lumen.checkpoint import choose_device, choose_dtype
 from lumen.config import RunConfig, load_config
+from lumen.data.batch import RowStream, stack
 from lumen.data.packing import Packed
 from lumen.errors import ConfigError, LumenError
 from lumen.models.decoder import Decoder
 from lumen.nn.recompute import KEEP_ALL, Keeping, bytes_per_token, choose_keeping
 from lumen.objectives.examples import Examples, load_examples
+from lumen.probe import Probe, probe
 from lumen.spec import ModelSpec
+from lumen.speed import flops_per_token
 
 GIB = 2**30
 MARGIN = 0.03  # of the device's memory that stays free: the allocator's pieces do not all fit
@@ -50,13 +53,50 @@ def keep(model: Decoder, config: RunConfig, tokens: int, learned: int) -> None:
     free += torch.cuda.memory_reserved(device) - held
     if config.train.memory_gib:
         free = min(free, int(config.train.memory_gib * GIB) - held)
-    room = int(free - MARGIN * whole * (not config.train.memory_gib))
-    room -= 4 * learned + working_bytes(model.spec, tokens)
-    model.keeping = choose_keeping(model.spec, tokens, room, may_move=config.train.offload)
-    if all(keeping == KEEP_ALL for keeping in model.keeping):
-        room -= len(model.blocks) * bytes_per_token(model.spec, "all") * tokens
-        if config.model.nf4 and not config.model.fp8 and room > 2 * block_weights(model.spec) * len(model.blocks):
-            model.hold_unpacked()
+    room = int(free - MARGIN * whole * (not config.train.memory_gib)) - 4 * learned
+    model.keeping, holds = arrange(model.spec, config, tokens, room, model.dtype.itemsize)
+    if holds:
+        model.hold_unpacked()
+
+
+def arrange(
+    spec: ModelSpec, config: RunConfig, tokens: int, room_bytes: int, itemsize: int = 2
+) -> tuple[tuple[Keeping, ...], bool]:
+    """What each block keeps on a GPU, and whether the weights are unpacked for good, with `room_bytes` left beside
+    weights, gradients and optimizer."""
+    depth, level = len(spec.layers), config.train.keep
+    room = room_bytes - working_bytes(spec, tokens, itemsize)
+    if level == "auto":
+        most = depth * _dora_bytes(spec, config, KEEP_ALL, itemsize) * tokens
+        for part in range(17):  # how much DoRA keeps depends on what is kept: the least room aside that is enough
+            keeping = choose_keeping(spec, tokens, room - part * most // 16, may_move=config.train.offload)
+            if kept_bytes(spec, config, keeping, tokens, itemsize) <= room:
+                break
+    else:
+        keeping = (Keeping(level),) * depth
+    room -= kept_bytes(spec, config, keeping, tokens, itemsize)
+    packed = config.model.nf4 and not config.model.fp8 and config.train.method == "lora" and level == "auto"
+    holds = packed and set(keeping) == {KEEP_ALL} and room > itemsize * block_weights(spec) * depth
+    return keeping, holds
+
+
+def kept_bytes(spec: ModelSpec, config: RunConfig, keeping: tuple[Keeping, ...], tokens: int, itemsize: int = 2) -> int:
+    """What all blocks keep on the device for `tokens` tokens; of those that are moved, what is on its way."""
+    kept = sum(_kept_bytes(spec, config, each, itemsize) for each in keeping if not each.moved)
+    moved = next((each for each in keeping if each.moved), None)
+    return tokens * (kept + (0 if moved is None else 2 * _kept_bytes(spec, config, moved, itemsize)))
+
+
+def _kept_bytes(spec: ModelSpec, config: RunConfig, keeping: Keeping, itemsize: int) -> int:
+    """A token, of one block."""
+    return bytes_per_token(spec, keeping.level, itemsize) + _dora_bytes(spec, config, keeping, itemsize)
+
+
+def _dora_bytes(spec: ModelSpec, config: RunConfig, keeping: Keeping, itemsize: int) -> int:
+    """A token's outputs in one block before their rows get their lengths, which the gradient of those lengths reads."""
+    attention = (spec.heads + 2 * spec.kv_heads) * spec.head_dim + spec.dim
+    outputs = {"input": 0, "attention": attention, "all": attention + 2 * spec.mlp_dim + spec.dim}[keeping.level]
+    return itemsize * outputs * (config.lora.dora and config.train.method == "lora")
 
 
 def block_weights(spec: ModelSpec) -> int:
@@ -68,37 +108,14 @@ def block_weights(spec: ModelSpec) -> int:
     return attention + 3 * spec.dim * (experts.count * experts.width + experts.shared)
 
 
-def active_weights(spec: ModelSpec) -> int:
-    """Weights that a token meets on its way through all blocks."""
-    experts = spec.experts
-    attention = spec.dim * spec.head_dim * (2 * spec.heads + 2 * spec.kv_heads)
-    dense = attention + 3 * spec.dim * spec.mlp_dim
-    sparse = attention + 3 * spec.dim * (experts.per_token * experts.width + experts.shared) if experts else 0
-    return sum(sparse if layer.sparse else dense for layer in spec.layers)
-
-
-def context(packed: Packed) -> float:
-    """How many keys a token's document has, on average over tokens."""
-    lengths = [len(example.ids) for row in packed.rows for example in row]
-    return sum(n * n for n in lengths) / sum(lengths)
-
-
-def flops_per_token(spec: ModelSpec, packed: Packed, *, learns_base: bool) -> float:
-    """Operations a token of `packed` in one forward and backward pass, as the module says."""
-    passes = 6 if learns_base else 4
-    head = spec.vocab * spec.dim * packed.counted / packed.tokens
-    seen = context(packed)
-    pairs = sum(min(seen / 2, layer.window) if layer.window else seen / 2 for layer in spec.layers)
-    return passes * (active_weights(spec) + head) + 3.5 * 4 * spec.heads * spec.head_dim * pairs
-
-
 def working_bytes(spec: ModelSpec, tokens: int, itemsize: int = 2) -> int:
     """What a step holds at its widest besides what blocks keep: one block's backward pass, or the loss's logits.
 
     Measured on an H200, Llama 3.1 8B: 151 KB a token, which are gate, up, their product, and eight rows of width D.
+    The loss holds the logits of a chunk, and those of the next while it makes them.
     """
     block = tokens * itemsize * (3 * spec.mlp_dim + 8 * spec.dim)
-    logits = min(tokens, CHUNK) * spec.vocab * 4 + 2 * tokens * itemsize * spec.dim
+    logits = min(tokens, 2 * CHUNK) * spec.vocab * 4 + 3 * tokens * itemsize * spec.dim
     unpacked = itemsize * max(spec.dim * spec.mlp_dim * 2, spec.dim * spec.dim * 2)
     return max(block, logits) + unpacked
 
@@ -111,7 +128,8 @@ class Plan:
     model: str
     weights_bytes: int
     learned: int
-    optimizer_bytes: int  # values, gradients and averages of what learns
+    optimizer_bytes: int  # values, gradients and averages of what learns, on the device
+    host_bytes: int  # pinned: averages that are paged, what blocks keep there
     kept: str  # in words, what the blocks keep
     kept_bytes: int
     working_bytes: int
@@ -126,43 +144,44 @@ class Plan:
 
 
 def make_plan(config: RunConfig, examples: Examples) -> Plan:
-    """The plan of a run whose data is at hand; measures the device for about a second, reads no weights."""
+    """The plan of a run whose data is at hand; measures the device for some seconds, reads no weights."""
     spec, packed, train = examples.spec, examples.train, config.train
     device = choose_device(config.model.device)
     dtype = choose_dtype(config.model.dtype, device)
-    itemsize, full = dtype.itemsize, train.method == "full"
-    linear = block_weights(spec) * len(spec.layers)
-    rest = spec.vocab * spec.dim * (1 if spec.tied else 2)
-    learned = linear + rest if full else lora_values(spec, config)
-    stored = 4 if full else itemsize
-    weights = int(linear * (NF4_BYTES if config.model.nf4 and not full else stored)) + rest * stored
-    weights += 2 * linear * config.model.fp8  # codes for the product, and for the gradient
-    bits = {32: 32, 8: 8, "auto": 8 if device.type == "cuda" and not full and learned >= LARGE else 32}
-    averages = learned * (2.03 if bits[train.optimizer_bits] == 8 else 8)
-    optimizer = int(averages + learned * (4 if full else 8))
+    on_gpu, itemsize = device.type == "cuda", dtype.itemsize
+    learned, weights = _weights(spec, config, itemsize)
+    optimizer, paged = _optimizer(config, learned, on_gpu)
     tokens = train.batch_size * packed.longest
-    working = working_bytes(spec, tokens, itemsize)
     room = _room(config, device)
-    left = room - weights - optimizer - working
-    level = train.keep
-    if level == "auto" and room and device.type == "cuda":
-        keeping = choose_keeping(spec, tokens, left, may_move=train.offload)
+    if on_gpu and room:
+        keeping, holds = arrange(spec, config, tokens, room - weights - optimizer, itemsize)
     else:
-        keeping = (Keeping(level) if level != "auto" else KEEP_ALL,) * len(spec.layers)
-    kept = sum(bytes_per_token(spec, k.level, itemsize) * tokens for k in keeping if not k.moved)
-    kept += 2 * bytes_per_token(spec, "attention", itemsize) * tokens * any(k.moved for k in keeping)
-    peak = weights + optimizer + working + kept
+        keeping, holds = (Keeping(train.keep) if train.keep != "auto" else KEEP_ALL,) * len(spec.layers), False
+    weights += itemsize * block_weights(spec) * len(spec.layers) * holds
+    kept, working = kept_bytes(spec, config, keeping, tokens, itemsize), working_bytes(spec, tokens, itemsize)
+    host = paged + sum(_kept_bytes(spec, config, each, itemsize) * tokens for each in keeping if each.moved)
     rows = train.batch_size * train.accumulate
     steps = train.steps or round(train.epochs * -(-len(packed.rows) // rows))
     per_step = min(rows * packed.tokens / len(packed.rows), packed.tokens)
-    step_s = _step_s(spec, packed, keeping, per_step, full, device, dtype) if device.type == "cuda" else None
+    step_s = None
+    if on_gpu:
+        found = _probe(spec, config, packed, keeping, holds, device, dtype)
+        if found:
+            working = max(found.peak_bytes(keeping) - kept, 0)
+            step_s = found.seconds(keeping) * _passes(config, packed)
+        else:
+            step_s = _work_s(spec, config, packed, keeping, per_step, device, dtype)
+        step_s += _update_s(optimizer, paged, device)
+    peak = weights + optimizer + working + kept
     fits = not room or peak <= room
+    packs = ", NF4" if config.model.nf4 and train.method == "lora" else ""
     return Plan(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        model=f"{spec.name}, {linear + rest:,} weights{', NF4' if config.model.nf4 and not full else ''}",
+        device=torch.cuda.get_device_name(device) if on_gpu else "CPU",
+        model=f"{spec.name}, {_values(spec):,} weights{packs}{', unpacked for good' if holds else ''}",
         weights_bytes=weights,
         learned=learned,
         optimizer_bytes=optimizer,
+        host_bytes=host,
         kept=_in_words(keeping),
         kept_bytes=kept,
         working_bytes=working,
@@ -175,6 +194,47 @@ def make_plan(config: RunConfig, examples: Examples) -> Plan:
         fits=fits,
         advice="" if fits else _advice(config, tokens),
     )
+
+
+def _values(spec: ModelSpec) -> int:
+    return block_weights(spec) * len(spec.layers) + spec.vocab * spec.dim * (1 if spec.tied else 2)
+
+
+def _weights(spec: ModelSpec, config: RunConfig, itemsize: int) -> tuple[int, int]:
+    """(learned values, bytes of the weights as they are held)"""
+    full = config.train.method == "full"
+    linear = block_weights(spec) * len(spec.layers)
+    rest = _values(spec) - linear
+    learned = linear + rest if full else lora_values(spec, config)
+    stored = 4 if full else itemsize
+    weights = int(linear * (NF4_BYTES if config.model.nf4 and not full else stored)) + rest * stored
+    return learned, weights + 2 * linear * config.model.fp8  # codes for the product, and for the gradient
+
+
+def _optimizer(config: RunConfig, learned: int, on_gpu: bool) -> tuple[int, int]:
+    """Bytes of values, gradients and averages of what learns: on the device, and in the host's memory."""
+    full = config.train.method == "full"
+    bits = {32: 32, 8: 8, "auto": 8 if on_gpu and not full and learned >= LARGE else 32}[config.train.optimizer_bits]
+    averages = round(learned * (2.03 if bits == 8 else 8))
+    rest = learned * (4 if full else 8)  # of all weights the values are counted as such
+    return (rest, averages) if config.train.optimizer_paged and on_gpu else (rest + averages, 0)
+
+
+def _probe(
+    spec: ModelSpec,
+    config: RunConfig,
+    packed: Packed,
+    keeping: tuple[Keeping, ...],
+    holds: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Probe | None:
+    """Runs a few blocks over the run's first rows, as wide as the longest of all."""
+    taken = RowStream(packed.rows, seed=config.train.seed).take(config.train.batch_size)
+    batch = stack(taken, packed.longest)
+    moved = next((each for each in keeping if each.moved), None)
+    size = 0 if moved is None else batch.tokens.numel() * _kept_bytes(spec, config, moved, dtype.itemsize)
+    return probe(spec, config, batch, keeping, size, holds=holds, device=device, dtype=dtype)
 
 
 def lora_values(spec: ModelSpec, config: RunConfig) -> int:
@@ -220,17 +280,43 @@ def _advice(config: RunConfig, tokens: int) -> str:
     return f"{tokens:,} tokens at a time do not fit. What would help: " + ", ".join(ways) + "."
 
 
-def _step_s(
+def _passes(config: RunConfig, packed: Packed) -> float:
+    """Passes of a step, counted in those over batches as wide as the longest row; a narrower one is a part of one."""
+    size = config.train.batch_size
+    count = min(config.train.accumulate, -(-len(packed.rows) // size))
+    if config.data.packing:
+        return float(count)
+    rows = RowStream(packed.rows, seed=config.train.seed).take(len(packed.rows))
+    lengths = [sum(len(example.ids) for example in row) for row in rows]
+    widths = [max(lengths[start : start + size]) for start in range(0, len(lengths), size)]
+    return count * sum(widths) / len(widths) / packed.longest
+
+
+def _update_s(size_bytes: int, paged_bytes: int, device: torch.device) -> float:
+    """Seconds of clipping and AdamW: values, gradients and averages read and written, those that are paged over the
+    bus, both ways at the same time."""
+    seconds = 2 * size_bytes / _copy_rate(device)
+    if not paged_bytes:
+        return seconds
+    host, near = (
+        torch.empty(2**27, dtype=torch.uint8, pin_memory=True),
+        torch.empty(2**27, dtype=torch.uint8).to(device),
+    )
+    return seconds + paged_bytes / host.nbytes * _seconds(lambda: near.copy_(host, non_blocking=True), device)
+
+
+def _work_s(
     spec: ModelSpec,
+    config: RunConfig,
     packed: Packed,
     keeping: tuple[Keeping, ...],
     tokens: float,
-    full: bool,
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
-    """Seconds of one step: products and attention at the rate of a large product, all else at that of a copy."""
-    product_rate, copy_rate = _rates(device, dtype)
+    """Seconds of one step's passes: products and attention at the rate of a large product, all else at a copy's."""
+    full = config.train.method == "full"
+    product_rate, copy_rate = _product_rate(device, dtype), _copy_rate(device)
     again = {"all": 0.0, "attention": 2 * spec.dim * spec.mlp_dim * 2.0}
     attention = spec.dim * spec.head_dim * (2 * spec.heads + 2 * spec.kv_heads)
     again["input"] = again["attention"] + 2.0 * attention
@@ -240,15 +326,18 @@ def _step_s(
     return tokens * (flops / product_rate + moved / copy_rate)
 
 
-def _rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """(operations a second in a large product, bytes a second in a copy, read and written), measured."""
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second in a large product, measured."""
     size = 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / _seconds(lambda: a @ b, device)
+
+
+def _copy_rate(device: torch.device) -> float:
+    """Bytes a second in a copy, read and written, measured."""
     source = torch.randn(2**28, device=device)
     target = torch.empty_like(source)
-    return 2 * size**3 / _seconds(lambda: a @ b, device), 2 * source.nbytes / _seconds(
-        lambda: target.copy_(source), device
-    )
+    return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
 
 
 def _seconds(function, device: torch.device, times: int = 10) -> float:
@@ -291,6 +380,7 @@ def describe(plan: Plan) -> str:
         f"learns    {plan.learned:,} values: {_size(plan.optimizer_bytes)} with gradients and averages",
         f"keeps     {plan.kept}: {_size(plan.kept_bytes)}",
         f"works in  {_size(plan.working_bytes)}",
+        *([f"host      {_size(plan.host_bytes)}, pinned"] if plan.host_bytes else []),
         f"peak      {_size(plan.peak_bytes)}" + (f" of {_size(plan.room_bytes)}" if plan.room_bytes else ""),
         f"steps     {plan.steps:,} of {plan.tokens_per_step:,} tokens",
     ]

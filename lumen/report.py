@@ -2,6 +2,8 @@
 
 Plot and page are made from the run's folder alone, so that they can be made again at any time. A line of metrics.jsonl
 that has a "loss" is a training step, one that has an "eval_loss" is an evaluation.
+
+On a GPU a line of progress has TFLOP/s and their share of the vendor's dense peak; `speed.py` says what they count.
 """
 
 import base64
@@ -98,6 +100,7 @@ def _cells(line: Mapping[str, float], total: int, left_s: float) -> list[tuple[s
         ("grad norm", 9, f"{line['grad_norm']:.3f}"),
         ("tokens/s", 9, f"{line['tokens_per_s']:,.0f}"),
         *([("TFLOP/s", 7, f"{line['tflops']:,.0f}")] if "tflops" in line else []),
+        *([("of peak", 7, f"{line['peak_share']:.1%}")] if "peak_share" in line else []),
         ("memory", 9, _bytes(line["peak_memory_bytes"])),
         ("left", 7, _duration(left_s)),
     ]

@@ -45,7 +45,7 @@ MAY_CHANGE = {
     *("train.epochs", "train.steps", "train.eval_every", "train.save_every", "train.sample_every"),
     *("sample.prompts", "sample.max_tokens", "sample.temperature", "data.eval", "output.folder"),
     *("train.keep_checkpoints", "train.keep", "train.offload", "train.memory_gib", "train.graph", "train.profile"),
-    "model.offline",
+    *("train.optimizer_paged", "data.workers", "model.offline"),
 }
 
 

@@ -29,15 +29,17 @@ from lumen.objectives.base import Objective
 from lumen.objectives.examples import load_examples
 from lumen.objectives.sft import SFT, mean_loss
 from lumen.optim import AdamW, clip_factor, gradient_norm, learning_rate
-from lumen.plan import flops_per_token, keep
+from lumen.plan import keep
 from lumen.profile import peak_memory_bytes, recorded
 from lumen.report import Progress, write_loss_plot, write_report
 from lumen.run import Checkpoint, Run, StopSignal, random_state, restore_random_state
 from lumen.sampling import generate
 from lumen.source import pin_model
+from lumen.speed import Speed
 from lumen.text.tokenizer import Tokenizer
 from lumen.text.turns import question_ids
 from lumen.trainable import make_optimizer, make_trainable
+from lumen.warming import Warming
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +88,8 @@ class Trainer:
 
     def __post_init__(self):
         self.healthy = torch.zeros((), device=self.model.device)
-        learns_base = self.config.train.method == "full"
-        self.flops_per_token = flops_per_token(self.model.spec, self.objective.packed, learns_base=learns_base)
+        full, fp8 = self.config.train.method == "full", self.config.model.fp8
+        self.speed = Speed.of(self.model, self.objective.packed, learns_base=full, fp8=fp8)
 
     @property
     def config(self) -> RunConfig:
@@ -146,8 +148,7 @@ class Trainer:
             "tokens_per_s": tokens_per_s,
             "peak_memory_bytes": peak_memory_bytes(self.model.device),
         }
-        if self.model.device.type == "cuda":
-            line["tflops"] = tokens_per_s * self.flops_per_token / 1e12
+        line |= self.speed.figures(tokens_per_s)
         self.run.log(line)
         progress.step(line)
 
@@ -277,19 +278,20 @@ def prepare(config: RunConfig, run: Run, checkpoint: Checkpoint | None) -> Train
     What can be wrong with data and model is found here, before the first step; the data first, since it is quick.
     """
     torch.manual_seed(config.train.seed)
+    warming = Warming(config)
     examples, full = load_examples(config), config.train.method == "full"
     if full:
         stored_dtype(examples.spec)  # found now, not when the result is to be saved
+    warming.begin(config, examples)
     # every weight that learns is an fp32 master, which the layers round to the compute dtype where they use it
-    stored = "float32" if full else config.model.dtype
-    held = {"nf4": config.model.nf4, "fp8": config.model.fp8}
-    model = load_model(examples.source.base, dtype=stored, **held, device=config.model.device)
+    stored = {"dtype": "float32" if full else config.model.dtype, "device": config.model.device}
+    model = load_model(examples.source.base, **stored, nf4=config.model.nf4, fp8=config.model.fp8)
     model.dtype = choose_dtype(config.model.dtype, model.device)
     lora = make_trainable(model, config, examples)
     position = checkpoint.state["position"] if checkpoint else None
     split = {"batch_size": config.train.batch_size, "accumulate": config.train.accumulate}
     on_gpu = model.device.type == "cuda"
-    fixed = {"fixed_shapes": on_gpu and config.data.packing}
+    fixed = {"fixed_shapes": on_gpu and config.data.packing, "ahead": on_gpu}
     objective = SFT(examples.train, **split, seed=config.train.seed, position=position, **fixed)
     optimizer = make_optimizer(model, config)
     learned = sum(parameter.numel() for parameter in optimizer.parameters.values())
@@ -309,6 +311,7 @@ def prepare(config: RunConfig, run: Run, checkpoint: Checkpoint | None) -> Train
     )
     if checkpoint:
         trainer.restore(checkpoint)
+    warming.finish()
     return trainer
 
 
@@ -388,7 +391,7 @@ def describe(trainer: Trainer) -> str:
         f"data     {packed.examples:,} examples in {len(packed.rows):,} rows of {packed.length}, "
         f"{packed.efficiency:.0%} full, {packed.counted:,} of {packed.tokens:,} tokens learned{cut}\n"
         f"steps    {trainer.step:,} to {trainer.steps:,}, {rows} rows each\n"
-        f"folder   {trainer.run.folder}"
+        f"{trainer.speed.line}folder   {trainer.run.folder}"
     )
 
 
@@ -422,12 +425,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError("Name a run file, a recipe or a run's folder; --list shows the recipes.")
         else:
             return _train(asked)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except LumenError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 

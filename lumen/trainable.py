@@ -44,6 +44,6 @@ def make_optimizer(model: Decoder, config: RunConfig) -> AdamW:
     packs = train.optimizer_bits == 8 or (
         train.optimizer_bits == "auto" and model.device.type == "cuda" and learned >= LARGE and train.method == "lora"
     )
-    options["bits"] = 8 if packs else 32
+    options["bits"], options["paged"] = 8 if packs else 32, train.optimizer_paged
     rates = {f"{role}.weight": train.embedding_lr / train.lr for role in ROLES} if train.embedding_lr else {}
     return AdamW(parameters, **options, rates=rates)

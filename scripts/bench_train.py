@@ -1,10 +1,11 @@
 """Times whole training steps on a GPU: forward, backward, clipping and AdamW, of a Llama with random weights.
 
 scripts/bench_train                                    8B and 1B, as the table in the README was made
-scripts/bench_train --size 8b --rows 8 --length 2048   one shape, as much kept for the backward pass as fits
+scripts/bench_train --size 8b --rows 4 8 --length 2048 these shapes, as much kept for the backward pass as fits
 scripts/bench_train … --memory-gib 9.9                 within so much device memory
 scripts/bench_train … --lengths lengths.json           rows packed from documents of these lengths
-scripts/bench_train … --peer unsloth --peer hf         the same with a peer, in a process of its own, where installed
+scripts/bench_train … --peer unsloth --peer hf         the same with a peer, in a process of its own, where installed:
+                                                       full rows, its checkpointing, or none with --peer-keeps-all
 
 LoRA on all seven projections, bf16, NF4 base. A figure is the median step after warm-up, synchronised at both ends;
 tokens are all positions that hold one; memory is the peak that PyTorch allocated in the loop. TFLOP/s counts
@@ -20,6 +21,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -41,7 +43,7 @@ from lumen.spec import Family, ModelSpec
 from lumen.text.conversation import Encoded
 
 GIB = 2**30
-PEERS = Path(__file__).with_name("bench_train_peer.py")
+PEERS = Path(__file__).resolve().with_name("bench_train_peer.py")
 SIZES = {
     "8b": {"layers": 32, "dim": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "mlp_dim": 14336, "tied": False},
     "1b": {"layers": 16, "dim": 2048, "heads": 32, "kv_heads": 8, "head_dim": 64, "mlp_dim": 8192, "tied": True},
@@ -196,32 +198,39 @@ def measure(case: Case, model: Decoder, lengths: list | None, steps: int, rank: 
     }
 
 
-def measure_peer(peer: str, case: Case, steps: int, rank: int) -> dict:
-    """The same by a peer, in a process of its own; {"peer", "failed"} where it is not installed or breaks."""
-    told = json.dumps(
-        {"peer": peer, "rows": case.rows, "length": case.length, "steps": steps, "rank": rank} | SIZES[case.size]
-    )
-    ran = subprocess.run([sys.executable, str(PEERS), told], capture_output=True, text=True, check=False)
-    lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
-    if ran.returncode or not lines:
-        reason = (ran.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"peer": peer, "size": case.size, "rows": case.rows, "length": case.length, "failed": reason}
-    return {"size": case.size, "rows": case.rows, "length": case.length} | json.loads(lines[-1])
+def measure_peer(peer: str, case: Case, steps: int, rank: int, recompute: bool, folder: Path) -> dict:
+    """The same by a peer, in a process of its own; {"peer", "failed"} where it is not installed or breaks.
+
+    folder  where peers find, or first write, a model with random weights of each size; also where they run
+    """
+    told = {"peer": peer, "rows": case.rows, "length": case.length, "steps": steps, "rank": rank, "vocab": VOCAB}
+    told |= SIZES[case.size] | {"recompute": recompute, "folder": str(folder / case.size)}
+    torch.cuda.empty_cache()  # what lumen no longer uses is the peer's
+    command = [sys.executable, str(PEERS), json.dumps(told)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    figures = [line for line in ran.stdout.splitlines() if line.startswith('{"peer"')]
+    head = {"size": case.size, "rows": case.rows, "length": case.length}
+    if ran.returncode or not figures:
+        said = ran.stderr.strip().splitlines() or ["it said nothing"]
+        reason = next((line for line in reversed(said) if "Error" in line), said[-1])
+        return head | {"peer": peer, "failed": f"exit code {ran.returncode}: {reason}"}
+    return head | json.loads(figures[-1])
 
 
 def in_words(line: dict, beside: dict | None) -> str:
     head = f"{line['peer']:8} {line['size']:3} {line['rows']:2} x {line['length']:6}"
     if "failed" in line:
-        return f"{head}  failed: {line['failed'][:90]}"
+        return f"{head}  failed: {line['failed'][:150]}"
     ratio = f"  lumen x {beside['tokens_per_s'] / line['tokens_per_s']:.2f}" if beside else ""
-    rest = f"  {line['tflops']:4} TFLOP/s  {', '.join(line['kept'])}" if "kept" in line else ""
-    return f"{head}  {line['step_s']:8.4f} s  {line['tokens_per_s']:8,} tok/s  {line['peak_gib']:6.2f} GiB{rest}{ratio}"
+    rate = f"{line['tflops']:4} TFLOP/s" if "tflops" in line else " " * 12
+    figures = f"{line['step_s']:8.4f} s  {line['tokens_per_s']:8,} tok/s  {line['peak_gib']:6.2f} GiB  {rate}"
+    return f"{head}  {figures}  {', '.join(line['kept'])}{ratio}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, help="with --rows and --length: this one shape instead of the table")
-    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--size", choices=SIZES, help="with --rows and --length: these shapes instead of the table")
+    parser.add_argument("--rows", type=int, nargs="+", default=[8])
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8, help="timed steps, after 4 of warm-up")
@@ -229,27 +238,36 @@ def main() -> int:
     parser.add_argument("--keep", choices=("auto", "all", "attention", "input"), default="auto")
     parser.add_argument("--lengths", help="JSON: for each document its stretches, [learned, tokens]")
     parser.add_argument("--peer", action="append", default=[], choices=("unsloth", "hf"))
+    parser.add_argument("--peer-keeps-all", action="store_true", help="peers recompute nothing")
+    parser.add_argument("--peer-models", metavar="FOLDER", help="keeps the models written for peers, for another time")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: bench_train times a GPU, and PyTorch finds none here.", file=sys.stderr)
         return 2
-    one = Case(
-        size=asked.size or "8b", rows=asked.rows, length=asked.length, memory_gib=asked.memory_gib, keep=asked.keep
-    )
+    same = {"length": asked.length, "memory_gib": asked.memory_gib, "keep": asked.keep}
+    table = [Case(size=asked.size, rows=rows, **same) for rows in asked.rows] if asked.size else TABLE
     lengths = json.loads(Path(asked.lengths).read_text()) if asked.lengths else None
+    if lengths and asked.peer:
+        print("error: peers are given full rows. Leave out --lengths or --peer.", file=sys.stderr)
+        return 2
     lines, model, built = [], None, ""
-    for case in (one,) if asked.size else TABLE:
-        if built != case.size or any(not keeping.moved for keeping in model.keeping):
-            model = None  # also what was unpacked for good goes
-            model, built = random_model(case.size, asked.rank), case.size
-        lines.append(measure(case, model, lengths, asked.steps, asked.rank))
-        if not asked.json:
-            print(in_words(lines[-1], None), flush=True)
-        for peer in asked.peer:
-            lines.append(measure_peer(peer, case, asked.steps, asked.rank))
+    with TemporaryDirectory() as own_folder:
+        folder = Path(asked.peer_models or own_folder).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        for case in table:
+            if built != case.size or any(not keeping.moved for keeping in model.keeping):
+                model = None  # also what was unpacked for good goes
+                model, built = random_model(case.size, asked.rank), case.size
+            own = measure(case, model, lengths, asked.steps, asked.rank)
+            lines.append(own)
             if not asked.json:
-                print(in_words(lines[-1], lines[-2] if "failed" not in lines[-1] else None), flush=True)
+                print(in_words(own, None), flush=True)
+            for peer in asked.peer:
+                theirs = measure_peer(peer, case, asked.steps, asked.rank, not asked.peer_keeps_all, folder)
+                lines.append(theirs)
+                if not asked.json:
+                    print(in_words(theirs, None if "failed" in theirs else own), flush=True)
     versions = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
     print(json.dumps({**versions, "lines": lines}) if asked.json else f"{versions}\n{explain()}")
     return 0

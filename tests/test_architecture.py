@@ -20,9 +20,12 @@ FLOORS = [  # from the ground up; a module imports from lower floors, or from it
     ["checkpoint", "embeddings", "peft_files", "decoding"],
     ["adapter", "sampling", "run"],
     ["source"],
-    ["report", "objectives", "export"],
-    ["plan", "capture", "profile"],
+    ["report", "objectives", "export", "speed"],
+    ["capture", "profile"],
+    ["probe"],
+    ["plan"],
     ["trainable"],
+    ["warming"],
     ["train", "chat", "inspect", "doctor"],
 ]
 ORACLES = {"transformers", "peft", "trl", "bitsandbytes", "accelerate", "gguf", "datasets"}

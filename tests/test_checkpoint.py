@@ -82,6 +82,19 @@ def test_nf4_packs_exactly_the_linear_layers_of_the_blocks(tmp_path):
         assert torch.equal(dequantize_nf4(layer.nf4), dequantize_nf4(quantize_nf4(exact.data)))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_holds_no_number_is_named_when_it_is_packed(tmp_path, value):
+    llama(tmp_path).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError) as refused:
+        load_model(tmp_path, nf4=True)
+    shape = tuple(tensors["model.layers.1.mlp.up_proj.weight"].shape)
+    assert "model.safetensors: 'model.layers.1.mlp.up_proj.weight'" in str(refused.value)
+    assert f"found NaN or infinity in {shape}" in str(refused.value)
+
+
 def test_a_model_with_nf4_layers_computes_with_their_dequantized_weights(tmp_path):
     llama(tmp_path)
     packed = load_model(tmp_path, nf4=True)

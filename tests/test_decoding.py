@@ -11,6 +11,7 @@ from lumen.checkpoint import load_model
 from lumen.config import Lora
 from lumen.decoding import Decoding, available
 from lumen.errors import KernelError
+from lumen.ops.rotary import _heads_of_both
 from lumen.sampling import generate
 
 SPARSE = {"mixtral", "qwen2-moe", "qwen3-moe"}
@@ -100,6 +101,25 @@ def test_without_a_gpu_the_growing_cache_serves_and_the_reason_is_said(llama):
     assert list(available(model)) == ["reference", "static"]
 
 
+@pytest.mark.parametrize("shape", ["gemma", "llama"])
+def test_a_graph_serves_families_that_scale_their_embedding_too(tmp_path, shape, monkeypatch):
+    getattr(tiny_models, shape, lambda folder: tiny_models.family(folder, shape))(tmp_path)
+    model = load_model(tmp_path, dtype="bfloat16", device="cpu")
+    assert (model.embed.scale != 1.0) == (shape == "gemma")
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    assert list(available(model)) == ["graph", "static", "reference"]
+
+
+def test_an_embedding_is_scaled_by_the_factor_as_its_dtype_holds_it(tmp_path):
+    tiny_models.family(tmp_path, "gemma")
+    model = load_model(tmp_path, dtype="float32", device="cpu")
+    tokens = torch.arange(2, 40)[None]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        factor = torch.tensor(model.embed.scale, dtype=dtype)
+        wanted = torch.nn.functional.embedding(tokens, model.embed.weight).to(dtype) * factor
+        assert torch.equal(model.embed(tokens, dtype), wanted)
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "top_p": 0.9, "seed": 3}, {"repetition_penalty": 1.4}])
 def test_generate_gives_the_same_answers_with_a_static_step(llama, options):
     """Rows that stop at their own time, and one that ends with its first token."""
@@ -121,11 +141,29 @@ def test_the_kernels_of_a_step_give_the_logits_of_the_references(tmp_path):
     assert_the_same(adapted(tmp_path), prompts(3, 6), 3, kernels=KERNELS)
 
 
+@needs_triton
+@pytest.mark.parametrize("gap", [0, 8])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_heads_of_few_tokens_turn_as_by_the_reference_whether_q_and_k_lie_side_by_side_or_not(shape, gap):
+    source = torch.Generator().manual_seed(gap)
+    joined, angle = (torch.randn(*shape, width, generator=source) for width in (24 + gap + 16 + 16, 3))
+    q, _, k, v = joined.split([24, gap, 16, 16], -1)
+    heads = [part.view(*shape, -1, 8) for part in (q, k, v)]
+    assert (_heads_of_both(*heads[:2]) is None) == bool(gap)
+    wanted = [part.clone() for part in ops.rotate_qk(*heads, angle.cos(), angle.sin())]
+    with ops.use("triton"):
+        found = ops.rotate_qk(*heads, angle.cos(), angle.sin())
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_captured_step_is_bit_equal_to_the_same_step_launched_from_python(llama):
+@pytest.mark.parametrize("shape", ["llama", "gemma2"])
+def test_a_captured_step_is_bit_equal_to_the_same_step_launched_from_python(tmp_path, shape):
     """Over a growth of the cache, after which the step is captured again."""
-    model = adapted(llama, "cuda")
+    getattr(tiny_models, shape, lambda folder: tiny_models.family(folder, shape))(tmp_path)
+    model = adapted(tmp_path, "cuda")
     for given in (prompts(7), prompts(3, 19, 1)):
         (ids, logits), (wanted, reference) = (steps(model, given, 1100, kind) for kind in ("graph", "static"))
         assert ids == wanted and torch.equal(logits, reference)

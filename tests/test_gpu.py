@@ -15,7 +15,8 @@ from lumen.nn.recompute import Keeping
 from lumen.objectives.sft import sft_loss
 from lumen.ops.adamw import Averages, Moments, adamw
 from lumen.ops.linear_loss import linear_cross_entropy, linear_cross_entropy_reference
-from lumen.ops.nf4 import dequantize_nf4, dequantize_nf4_reference, nf4_matvec, quantize_nf4
+from lumen.ops.nf4 import dequantize_nf4, dequantize_nf4_reference, quantize_nf4
+from lumen.ops.nf4_matvec import nf4_matvec
 from lumen.ops.project import Projection, project
 from lumen.spec import Family
 from lumen.text.conversation import Encoded

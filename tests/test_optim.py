@@ -11,8 +11,11 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from lumen import ops
+from lumen.config import load_config
 from lumen.errors import CheckpointError, ConfigError
 from lumen.optim import AdamW, clip_factor, gradient_norm, learning_rate
+from lumen.trainable import make_optimizer
 
 SETTINGS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -256,6 +259,54 @@ def test_a_resumed_run_with_averages_of_8_bits_is_bit_equal():
     resumed.load_state_tensors(optimizer.state_tensors())
     advance(second, resumed, range(3, 6))
     assert torch.equal(flat(whole), flat(second))
+
+
+def advance_wide(device: str, paged: bool, bits: int, steps: range, start: dict | None = None) -> tuple:
+    """(parameters, optimizer) after `steps`, from what an earlier call left, where `start` holds it."""
+    model = wide_network().to(device)
+    optimizer = AdamW(model.named_parameters(), **SETTINGS, bits=bits, paged=paged)
+    if start:
+        model.load_state_dict(start["weights"])
+        optimizer.load_state_tensors(start["optimizer"])
+    for step in steps:
+        source = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=source).to(device)
+        optimizer.step(1e-2)
+    return flat(model), optimizer, model
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_paged_averages_change_nothing_on_a_cpu(bits):
+    (wanted, plain, _), (found, paged, _) = (advance_wide("cpu", paged, bits, range(3)) for paged in (False, True))
+    assert torch.equal(wanted, found)
+    assert paged.state_bytes == plain.state_bytes
+    assert not any(tensor.is_pinned() for tensor in paged.state_tensors().values())
+
+
+@pytest.mark.parametrize("told", [[], ["train.optimizer_paged=true"]])
+def test_a_run_file_asks_for_paged_averages(tmp_path, told):
+    (tmp_path / "run.toml").write_text('[model]\npath = "lumen-demo"\n[data]\ntrain = "lumen-demo"\n')
+    model = wide_network()
+    model.device = torch.device("cpu")
+    assert make_optimizer(model, load_config(tmp_path / "run.toml", told)).paged == bool(told)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_paged_averages_lie_in_pinned_host_memory_and_give_the_same_bits(bits, implementation):
+    with ops.use(implementation, "adamw"):
+        wanted, plain, _ = advance_wide("cuda", False, bits, range(6))
+        _, half, model = advance_wide("cuda", True, bits, range(3))
+        saved = {name: tensor.clone() for name, tensor in half.state_tensors().items()}
+        start = {"weights": model.state_dict(), "optimizer": saved}
+        found, paged, _ = advance_wide("cuda", True, bits, range(3, 6), start)
+    assert torch.equal(wanted, found)
+    states = {name: tensor for name, tensor in paged.state_tensors().items() if not name.startswith("updates.")}
+    assert all(tensor.is_pinned() for tensor in states.values())
+    assert all(torch.equal(tensor, plain.state_tensors()[name].cpu()) for name, tensor in states.items())
 
 
 def test_the_norm_of_bf16_gradients_is_summed_in_fp32():

@@ -127,6 +127,15 @@ def test_plain_progress_is_a_heading_and_one_line_a_step_in_fixed_columns():
     assert len({len(text) for text in lines}) == 1
 
 
+def test_on_a_gpu_progress_tells_operations_and_their_share_of_the_peak():
+    stream = io.StringIO()
+    with Progress(1, stream) as progress:
+        progress.step(line(1) | {"tflops": 612.4, "peak_share": 0.6190})
+    heading, numbers = stream.getvalue().splitlines()
+    assert "tokens/s  TFLOP/s  of peak" in heading
+    assert numbers.split()[4:7] == ["12,346", "612", "61.9%"] and len(heading) == len(numbers)
+
+
 def test_plain_progress_is_rare_but_shows_the_first_and_the_last_step():
     lines = shown(range(1, 101), 100, every_s=1000)
     assert [text.split()[0] for text in lines[1:]] == ["1/100", "100/100"]

@@ -9,10 +9,12 @@ A row holds documents one after another. Its four tensors, for two documents `a 
 """
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain
+from typing import TypeVar
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -69,16 +71,12 @@ def stack(rows: Sequence[Row], width: int = 0) -> Batch:
            shapes ever occur; 0 = to the longest row, and nothing is filled up
     """
     fixed, width = bool(width), width or max(sum(len(example.ids) for example in row) for row in rows)
-    columns = {
-        "tokens": [_padded((example.ids for example in row), 0, width) for row in rows],
-        "target": [_padded(map(_targets, row), UNCOUNTED, width) for row in rows],
-        "position": [_padded((range(len(example.ids)) for example in row), 0, width) for row in rows],
-        "document": [
-            _padded(([n] * len(example.ids) for n, example in enumerate(row)), PADDING, width) for row in rows
-        ],
-    }
+    fills = {"tokens": 0, "target": UNCOUNTED, "position": 0, "document": PADDING}
+    columns = {name: numpy.full((len(rows), width), fill, numpy.int64) for name, fill in fills.items()}
+    for number, row in enumerate(rows):
+        _fill({name: column[number] for name, column in columns.items()}, row)
     sources = tuple(example.source for row in rows for example in row)
-    tensors = {name: torch.tensor(values) for name, values in columns.items()}
+    tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
     counts = tensors["target"].flatten() != UNCOUNTED
     learned = counts.nonzero().squeeze(1)
     if fixed:  # a document's last position never counts: there is always one to fill up with
@@ -88,21 +86,38 @@ def stack(rows: Sequence[Row], width: int = 0) -> Batch:
     return Batch(**tensors, learned=learned, packed=any(len(row) > 1 for row in rows), sources=sources)
 
 
-def _padded(documents: Iterable[Iterable[int]], fill: int, width: int) -> list[int]:
-    values = list(chain.from_iterable(documents))
-    return values + [fill] * (width - len(values))
-
-
-def _targets(example: Encoded) -> list[int]:
-    """What follows each token, where that is learned."""
-    following = zip(example.ids[1:], example.learn[1:], strict=True)
-    return [token if learned else UNCOUNTED for token, learned in following] + [UNCOUNTED]
+def _fill(columns: dict[str, numpy.ndarray], row: Row) -> None:
+    """Writes the documents of `row` one after another into columns that hold padding; in place."""
+    end = 0
+    for number, example in enumerate(row):
+        start, end = end, end + len(example.ids)
+        ids = numpy.array(example.ids)
+        columns["tokens"][start:end] = ids
+        columns["target"][start : end - 1] = numpy.where(numpy.array(example.learn[1:], bool), ids[1:], UNCOUNTED)
+        columns["position"][start:end] = numpy.arange(len(ids))
+        columns["document"][start:end] = number
 
 
 def batches(rows: Sequence[Row], batch_size: int, width: int = 0) -> Iterator[Batch]:
     """All `rows` in their order, `batch_size` to a batch, of `width` as in `stack`; the last may be smaller."""
     for start in range(0, len(rows), batch_size):
         yield stack(rows[start : start + batch_size], width)
+
+
+Item = TypeVar("Item")
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items in the same order, each made in a thread of its own while the one before it is worked on.
+
+    An error is raised where the item that it kept from being made would have come. The thread ends with the iterator.
+    """
+    over = object()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="lumen-batches") as worker:
+        coming = worker.submit(next, items, over)
+        while (item := coming.result()) is not over:
+            coming = worker.submit(next, items, over)
+            yield item
 
 
 class RowStream:

@@ -103,8 +103,7 @@ class Decoder(nn.Module):
                 groups += [(block.mlp.gate, block.mlp.up), (block.mlp.down,)]
             for group in groups:
                 if all(layer.nf4 is not None for layer in group):
-                    ranks = sum(0 if layer.lora is None else len(layer.lora.a) for layer in group)
-                    held += hold_unpacked([layer.nf4 for layer in group], ranks, self.dtype)
+                    held += hold_unpacked([layer.nf4 for layer in group], self.dtype)
         return held
 
     def _trained(self, x: Tensor, places: dict[str, Places]) -> Tensor:

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from lumen.nn.linear import Linear
 from lumen.nn.recompute import recomputing
-from lumen.ops.project import project
+from lumen.ops.mlp import mlp
+from lumen.ops.project import Projection, project
 from lumen.ops.rms_norm import rms_norm
 from lumen.spec import ModelSpec
 
@@ -33,11 +34,14 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(spec.vocab, spec.dim))
         self.scale = spec.dim**0.5 if spec.embed_scale == "sqrt_dim" else float(spec.embed_scale)
+        # as each dtype of activations holds the factor, which is how the checkpoints were trained; numbers, so that no
+        # step has a tensor to upload
+        dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        self.rounded = {dtype: torch.tensor(self.scale, dtype=dtype, device="cpu").item() for dtype in dtypes}
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         x = F.embedding(tokens, self.weight).to(dtype)
-        # the factor is rounded to the activations' dtype first, as the checkpoints were trained
-        return x if self.scale == 1.0 else x * torch.tensor(self.scale, dtype=dtype, device=x.device)
+        return x if self.scale == 1.0 else x * self.rounded[dtype]
 
 
 def project_normed(layers: Sequence[Linear], x: Tensor, norm: Norm) -> tuple[Tensor, ...]:
@@ -57,13 +61,14 @@ class MLP(nn.Module):
         self.kind = spec.mlp
 
     def forward(self, x: Tensor, norm: Norm, post_norm: Norm | None) -> Tensor:
-        gate, up, x = project_normed((self.gate, self.up), x, norm)
-        down = [self.down.projection()]
-        if post_norm is None:
-            return project(down, gate, up=up, kind=self.kind, residual=x, dead=recomputing())[0]
-        return x + post_norm(project(down, gate, up=up, kind=self.kind)[0])
+        add = post_norm is None
+        options = {"norm": norm.weight, "eps": norm.eps, "plus_one": norm.plus_one}
+        down, x = mlp(*self._projections(), x, self.kind, **options, add=add, dead=add and recomputing())
+        return down if add else x + post_norm(down)
 
     def outputs(self, x: Tensor) -> Tensor:
         """down(f(gate(x)) · up(x)) alone, for who norms and adds itself."""
-        gate, up = project([self.gate.projection(), self.up.projection()], x)
-        return project([self.down.projection()], gate, up=up, kind=self.kind)[0]
+        return mlp(*self._projections(), x, self.kind)[0]
+
+    def _projections(self) -> tuple[list[Projection], Projection]:
+        return [self.gate.projection(), self.up.projection()], self.down.projection()

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from lumen.ops import uncompiled
 from lumen.ops.dropout import seeds_noted, seeds_repeated
 from lumen.spec import ModelSpec
 
@@ -48,6 +49,7 @@ def _again(seeds: list[Tensor]) -> Iterator[None]:
         _recomputing.reset(token)
 
 
+@uncompiled  # torch.compile knows no checkpoint whose recomputation has a context of its own
 def recomputed(part: Callable[..., Tensor], *arguments, random: bool = False) -> Tensor:
     """`part(*arguments)`, of which only the arguments are kept for the backward pass.
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lumen.ops.rotary import rotary_angles
 from lumen.spec import ModelSpec, RopeSpec
 
 
@@ -108,7 +109,7 @@ class Rotation:
             long = self._on_device(self._long_frequencies, kind, positions.device)
             is_long = (ends + 1 > rope.trained_length).unsqueeze(-1)  # (B, T, 1)
             frequencies = torch.where(is_long, long, frequencies)  # (B, T, W/2)
-        angles = positions.unsqueeze(-1).float() * frequencies
+        angles = rotary_angles(positions, frequencies)
         return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
 
     @staticmethod

@@ -12,18 +12,18 @@ from lumen.data.packing import Packed, pack
 from lumen.data.records import read_records
 from lumen.demo import DATA, demo_data
 from lumen.errors import ConfigError, DataError
+from lumen.objectives.encoding import encode_all
 from lumen.peft_files import adapted_vocabulary
 from lumen.source import Source, starting_point
 from lumen.spec import ModelSpec, load_family
 from lumen.text.added_tokens import add_tokens
 from lumen.text.chat_format import with_default_system
-from lumen.text.conversation import Conversation, Encoded, PromptCompletion, Record
-from lumen.text.markers import Markers, encode_by_markers
+from lumen.text.conversation import Conversation, Encoded, Record
 from lumen.text.named_formats import EOS, adopt_format, end_of_turn, load_format, with_turns
 from lumen.text.padding import choose_pad
 from lumen.text.template import ChatTemplate
 from lumen.text.tokenizer import Tokenizer
-from lumen.text.turns import chat_template, encode_conversation, encode_prompt_completion, encode_text
+from lumen.text.turns import chat_template
 
 LOG = logging.getLogger("lumen")
 MOSTLY_NOTHING = 0.9  # of the examples: when so many teach nothing, the markers are probably wrong
@@ -58,7 +58,7 @@ def load_examples(config: RunConfig) -> Examples:
     train, held_out = read_splits(config.data, config.train.seed)
     tokenizer, notes = dress(tokenizer, spec, config.data, any(isinstance(record, Conversation) for record in train))
     template = chat_template(tokenizer)
-    encoded = [_encode(part, config.data, tokenizer, template) for part in (train, held_out) if part]
+    encoded = [encode_all(part, config.data, tokenizer, template) for part in (train, held_out) if part]
     packed = [_pack(part, config.data) for part in encoded]
     for part in packed:
         _refuse_unknown_ids(part, spec, folder)
@@ -138,33 +138,11 @@ def encode_records(
 
     DataError for a conversation without a chat template, for an example that is too long, and when nothing is learned.
     """
-    return _pack(_encode(records, data, tokenizer, template), data)
+    return _pack(encode_all(records, data, tokenizer, template), data)
 
 
 def _pack(encoded: Sequence[Encoded], data: Data) -> Packed:
     return pack(encoded, data.max_length, packing=data.packing, too_long=data.too_long)
-
-
-def _encode(
-    records: Sequence[Record], data: Data, tokenizer: Tokenizer, template: ChatTemplate | None
-) -> list[Encoded]:
-    markers = Markers(instruction=data.instruction_part, response=data.response_part) if data.response_part else None
-    encoded = []
-    for record in records:
-        if isinstance(record, Conversation) and template is None:
-            raise DataError(
-                f"{record.source}: a conversation wants a chat template, and this model brings none. "
-                "Name a data.chat_format, as chatml, or a Jinja file as data.chat_template."
-            )
-        if isinstance(record, PromptCompletion):
-            encoded.append(encode_prompt_completion(record, tokenizer))
-        elif markers:
-            encoded.append(encode_by_markers(record, tokenizer, template, markers, data.train_on))
-        elif isinstance(record, Conversation):
-            encoded.append(encode_conversation(record, tokenizer, template, train_on=data.train_on))
-        else:
-            encoded.append(encode_text(record, tokenizer))
-    return encoded
 
 
 def _doubts(encoded: Sequence[Encoded], data: Data, tokenizer: Tokenizer) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lumen.data.batch import Batch, RowStream, batches
+from lumen.data.batch import Batch, RowStream, batches, one_ahead
 from lumen.data.packing import Packed
 from lumen.models.decoder import Decoder
 from lumen.objectives.base import Loss
@@ -34,31 +34,47 @@ class SFT:
         seed: int,
         position: dict[str, int] | None = None,
         fixed_shapes: bool = False,
+        ahead: bool = False,
     ):
         """position      where an earlier run stood, as `position()` said; None begins the first epoch
         fixed_shapes  every batch is as wide as the longest row of all, as a captured step wants it
+        ahead         a step's batches are made by another thread while the step before runs
         """
         self.width = packed.longest if fixed_shapes else 0
         self.packed = packed
         self.batch_size, self.accumulate = batch_size, accumulate
         self._stream = RowStream(packed.rows, seed=seed, **(position or {}))
+        self._ahead, self._stands = ahead, (self._stream.epoch, self._stream.position)
 
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.packed.rows) / (self.batch_size * self.accumulate))
 
     def batches(self, model: Decoder) -> Iterator[list[Batch]]:
+        steps = self._steps()
+        for micro, stands in one_ahead(steps) if self._ahead else steps:
+            self._stands = stands
+            yield micro
+
+    def _steps(self) -> Iterator[tuple[list[Batch], tuple[int, int]]]:
+        """The micro-batches of each step, and where the stream stands after them: a thread may be a step further.
+
+        It makes tensors and calls nothing of CUDA, which would break a graph that the loop is recording: pinning, a
+        tenth of a millisecond, stays with who copies.
+        """
         while True:
-            yield list(batches(self._stream.take(self.batch_size * self.accumulate), self.batch_size, self.width))
+            rows = self._stream.take(self.batch_size * self.accumulate)
+            yield list(batches(rows, self.batch_size, self.width)), (self._stream.epoch, self._stream.position)
 
     def loss(self, model: Decoder, batch: Batch) -> Loss:
         return sft_loss(model, batch)
 
     def position(self) -> dict[str, int]:
-        return {"epoch": self._stream.epoch, "position": self._stream.position}
+        return dict(zip(("epoch", "position"), self._stands, strict=True))
 
     def epochs_done(self) -> float:
-        return self._stream.epoch + self._stream.position / len(self.packed.rows)
+        epoch, position = self._stands
+        return epoch + position / len(self.packed.rows)
 
 
 def sft_loss(model: Decoder, batch: Batch) -> Loss:

@@ -1,6 +1,6 @@
 """Pure functions on tensors: the equation, a reference that defines what is correct, faster ways that agree with it."""
 
-from lumen.ops._choose import explain, use
+from lumen.ops._choose import explain, uncompiled, use
 from lumen.ops.adamw import adamw
 from lumen.ops.attention import Reach, attention, reach
 from lumen.ops.decode_attention import decode_attention
@@ -38,5 +38,6 @@ __all__ = [
     "rotary",
     "rotate_qk",
     "top_experts",
+    "uncompiled",
     "use",
 ]

@@ -63,3 +63,32 @@ def dot(a, b, acc, INTERPRET: tl.constexpr):
     if INTERPRET:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@jit
+def rounded(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """fp32 numbers in `dtype`, two at a time where it is bfloat16.
+
+    Triton rounds one at a time, which is done by the unit for transcendental functions: 16 a cycle and multiprocessor,
+    and kernels that round and take exponentials wait for it.
+    """
+    if INTERPRET:
+        return x.to(dtype)
+    elif dtype == tl.bfloat16:
+        pair: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        return tl.inline_asm_elementwise(pair, "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
+    else:
+        return x.to(dtype)
+
+
+@jit
+def sigmoid(x, INTERPRET: tl.constexpr):
+    """1 / (1 + exp(−x)) of fp32 numbers, to 2⁻²²; exp and reciprocal without what serves numbers below 2⁻¹²⁶."""
+    if INTERPRET:
+        return 1.0 / (1.0 + tl.exp(-x))
+    else:
+        code: tl.constexpr = (
+            "{ .reg .f32 e; mul.ftz.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; "  # −log₂ e
+            "add.ftz.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }"
+        )
+        return tl.inline_asm_elementwise(code, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)

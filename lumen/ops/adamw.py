@@ -10,15 +10,23 @@ Reading, update and rounding are one pass; a block's scale is that of the new va
 
 All parameters are updated by one launch: a table holds the address of each one's tensors, and every program finds its
 own parameter there. Nothing here waits for the device.
+
+Averages of a parameter on a GPU may be *paged*: they lie in pinned host memory, which has one address on both sides,
+and the same kernel reads and writes them there, over the bus. There is no copy of them on the device and the values are
+the same, bit for bit. An update then brings 2.03 bytes a value over the bus and takes as many back (8 and 8 in fp32),
+both ways at the same time, after the last gradient and beside nothing else: at 50 GB/s, 42 million values of an adapter
+take 2 ms in 8 bits, and 8 billion that all learn 1.3 s in fp32. PyTorch rounds each pinned tensor up to a power of two.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from lumen.ops._choose import choice
+from lumen.ops._choose import choice, uncompiled
 from lumen.ops._triton import implementations, jit, tl
 
 BLOCK = 256
@@ -35,10 +43,11 @@ class Moments:
     square_scale: Tensor  # fp32 (ceil(n / 256),)
 
     @classmethod
-    def zeros(cls, like: Tensor) -> "Moments":
-        """The averages of a parameter before its first update."""
-        codes = {"dtype": torch.uint8, "device": like.device}
-        scales = torch.zeros(2, -(-like.numel() // BLOCK), device=like.device)
+    def zeros(cls, like: Tensor, *, paged: bool = False) -> "Moments":
+        """The averages of a parameter before its first update; `paged`, those of one on a GPU lie in pinned memory."""
+        place = _place(like, paged)
+        codes = {"dtype": torch.uint8, **place}
+        scales = torch.zeros(2, -(-like.numel() // BLOCK), **place)
         zero = int(_signed(torch.device("cpu")).abs().argmin())
         return cls(
             mean=torch.full((like.numel(),), zero, **codes),
@@ -46,6 +55,11 @@ class Moments:
             mean_scale=scales[0],
             square_scale=scales[1],
         )
+
+
+def _place(like: Tensor, paged: bool) -> dict:
+    """Where the averages of a parameter lie, as arguments of `torch.zeros`."""
+    return {"device": "cpu", "pin_memory": True} if paged and like.is_cuda else {"device": like.device}
 
 
 @cache
@@ -191,8 +205,10 @@ class Averages:
     square: Tensor
 
     @classmethod
-    def zeros(cls, like: Tensor) -> "Averages":
-        return cls(mean=torch.zeros_like(like, dtype=torch.float32), square=torch.zeros_like(like, dtype=torch.float32))
+    def zeros(cls, like: Tensor, *, paged: bool = False) -> "Averages":
+        """As those of `Moments`."""
+        place = {"dtype": torch.float32, **_place(like, paged)}
+        return cls(mean=torch.zeros(like.shape, **place), square=torch.zeros(like.shape, **place))
 
 
 def adamw_reference(
@@ -209,6 +225,19 @@ def adamw_reference(
     parameter.mul_(1 - decay).addcdiv_(averages.mean, spread, value=-rate)
 
 
+@contextmanager
+def _beside(parameter: Tensor, state: Averages | Moments) -> Iterator[Averages | Moments]:
+    """The state on the parameter's device; what becomes of it inside the `with` is written back to where it lies."""
+    if state.mean.device == parameter.device:
+        yield state
+        return
+    near = type(state)(**{name: tensor.to(parameter.device) for name, tensor in vars(state).items()})
+    yield near
+    for name, tensor in vars(near).items():
+        getattr(state, name).copy_(tensor)
+
+
+@uncompiled
 @torch.no_grad()
 def adamw(
     parameters: list[Tensor],
@@ -223,7 +252,7 @@ def adamw(
     decays: list[float],
     factor: Tensor,
 ) -> None:
-    """One update of all `parameters` and their `states`, all of one kind, in place; fp32 arithmetic.
+    """One update of all `parameters` and their `states`, all of one kind, paged or not, in place; fp32 arithmetic.
 
     rates        lr / (1 − β₁ᵗ) of each parameter
     corrections  √(1 − β₂ᵗ)
@@ -241,7 +270,8 @@ def adamw(
             parameters, grads, states, rates, corrections, decays, strict=True
         ):
             numbers = {"rate": rate, "correction": correction, "decay": decay, "factor": factor}
-            update(parameter, grad, state, **betas, **numbers)
+            with _beside(parameter, state) as near:
+                update(parameter, grad, near, **betas, **numbers)
         return
     device, count = parameters[0].device, len(parameters)
     names = ("mean", "square", "mean_scale", "square_scale") if packed else ("mean", "square")

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lumen.ops._choose import choice
+from lumen.ops._choose import choice, uncompiled
 from lumen.ops._triton import INTERPRETED, dot, implementations, jit, memory, power_of_two, tl
 
 
@@ -365,6 +365,7 @@ class _Attention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None, None
 
 
+@uncompiled
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, reach: Reach | None = None, softcap: float = 0.0
 ) -> Tensor:

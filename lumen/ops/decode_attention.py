@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lumen.ops._choose import choice
+from lumen.ops._choose import choice, uncompiled
 from lumen.ops._triton import INTERPRETED, dot, implementations, jit, power_of_two, tl
 
 
@@ -98,6 +98,7 @@ def _join_kernel(part_ptr, top_ptr, total_ptr, out_ptr, group, head_dim, PARTS: 
     tl.store(out_ptr + head * head_dim + e, out.to(out_ptr.dtype.element_ty), mask=e < head_dim)
 
 
+@uncompiled
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, length: Tensor, first: Tensor, *, scale: float, softcap: float = 0.0
 ) -> Tensor:
@@ -145,6 +146,7 @@ def _append_kernel(
     tl.store(values_ptr + to, tl.load(v_ptr + row * v_row + at, mask=inside), mask=inside)
 
 
+@uncompiled
 def append_column(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, length: Tensor) -> None:
     """Writes k, v (B, 1, K, E) into the last filled column of keys, values (B, S, K, E), in place.
 

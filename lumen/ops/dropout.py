@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lumen.ops._choose import choice
+from lumen.ops._choose import choice, uncompiled
 from lumen.ops._triton import implementations, jit, tl
 
 _WORD = 0xFFFFFFFF
@@ -156,6 +156,7 @@ class _Thinned(torch.autograd.Function):
         return thin_rows(grad if grad.stride(-1) == 1 else grad.contiguous(), ctx.p, *ctx.saved_tensors), None, None
 
 
+@uncompiled
 def thinned(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """x (…, in) with the share p of its elements dropped, the others divided by 1 − p; 0 ≤ p < 1.
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lumen.errors import KernelError
-from lumen.ops._choose import choice
+from lumen.ops._choose import choice, uncompiled
 from lumen.ops.nf4 import BLOCK, NESTED_BLOCK, NF4, dequantize_nf4, nested_values, nf4_linear
 
 ALIGNMENT = 8  # bf16 numbers in the 16 bytes that PyTorch's grouped product wants rows to begin at
@@ -137,6 +137,7 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
+@uncompiled
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Each row of x (M, in) times the matrix of its expert: (M, out) in x's dtype.
 
@@ -261,6 +262,7 @@ class _NF4GroupedLinear(torch.autograd.Function):
         return F.grouped_mm(grad.contiguous(), unpack_experts(ctx.nf4, grad.dtype), offs=ends), None, None
 
 
+@uncompiled
 def nf4_grouped_linear(x: Tensor, nf4: NF4Stack, ends: Tensor) -> Tensor:
     """`grouped_linear` for a frozen, packed weight: (M, in) → (M, out) in x's dtype. Saves neither x nor a weight.
 

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from lumen.errors import KernelError
-from lumen.ops._choose import choice
+from lumen.ops._choose import choice, uncompiled
 from lumen.ops._triton import INTERPRETED, dot, implementations, jit, power_of_two, tl
 
 MULTIPLE = 16  # what the matrix units want both sizes of a weight to be a multiple of
@@ -260,6 +260,7 @@ def _scaled_product(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor) -> Tens
     )
 
 
+@uncompiled
 def fp8_linear(x: Tensor, weight: Fp8Weight) -> Tensor:
     """~ x @ W.T for a frozen W: (…, in) -> (…, out), in x's dtype. Saves neither x nor W."""
     return _Fp8Linear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lumen.ops._choose import choice
-from lumen.ops._triton import implementations, jit, tl
+from lumen.ops._choose import choice, uncompiled
+from lumen.ops._triton import INTERPRETED, implementations, jit, rounded, sigmoid, tl
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -35,10 +35,10 @@ def _tanh(x):
 
 
 @jit
-def _activation(x, KIND: tl.constexpr):
+def _activation(x, KIND: tl.constexpr, INTERPRET: tl.constexpr):
     """f(x) and f'(x) in fp32."""
     if KIND == "silu":
-        gate = 1.0 / (1.0 + tl.exp(-x))
+        gate = sigmoid(x, INTERPRET)
         return x * gate, gate * (1.0 + x * (1.0 - gate))
     elif KIND == "gelu":
         half = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -51,22 +51,23 @@ def _activation(x, KIND: tl.constexpr):
 
 @jit
 def _gated_forward_kernel(gate_ptr, up_ptr, h_ptr, gate_row, up_row, h_row, width,
-                          KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                          KIND: tl.constexpr, INTERPRET: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     gate = tl.load(gate_ptr + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_row + column, mask=inside, other=0.0).to(tl.float32)
-    value, _ = _activation(gate, KIND)
+    value, _ = _activation(gate, KIND, INTERPRET)
     # PyTorch rounds f(gate) before it multiplies: the same here, so that both give the same model
-    value = value.to(h_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(h_ptr + row * h_row + column, (value * up).to(h_ptr.dtype.element_ty), mask=inside)
+    dtype = h_ptr.dtype.element_ty
+    value = rounded(value, dtype, INTERPRET).to(tl.float32)
+    tl.store(h_ptr + row * h_row + column, rounded(value * up, dtype, INTERPRET), mask=inside)
 
 
 @jit
 def _gated_backward_kernel(
     grad_ptr, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, h_ptr, gate_row, up_row, grad_gate_row, grad_up_row, width,
-    KIND: tl.constexpr, WANT_H: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, WANT_H: tl.constexpr, INTERPRET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -74,13 +75,14 @@ def _gated_backward_kernel(
     grad = tl.load(grad_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_row + column, mask=inside, other=0.0).to(tl.float32)
-    value, slope = _activation(gate, KIND)
+    value, slope = _activation(gate, KIND, INTERPRET)
     dtype = grad_gate_ptr.dtype.element_ty
-    value = value.to(dtype).to(tl.float32)
-    tl.store(grad_gate_ptr + row * grad_gate_row + column, (grad * up * slope).to(dtype), mask=inside)
-    tl.store(grad_up_ptr + row * grad_up_row + column, (grad * value).to(dtype), mask=inside)
+    value = rounded(value, dtype, INTERPRET).to(tl.float32)
+    to = row * grad_gate_row + column
+    tl.store(grad_gate_ptr + to, rounded(grad * up * slope, dtype, INTERPRET), mask=inside)
+    tl.store(grad_up_ptr + row * grad_up_row + column, rounded(grad * value, dtype, INTERPRET), mask=inside)
     if WANT_H:
-        tl.store(h_ptr + row * width + column, (value * up).to(dtype), mask=inside)
+        tl.store(h_ptr + row * width + column, rounded(value * up, dtype, INTERPRET), mask=inside)
 
 
 def _grid(rows: int, width: int) -> tuple[tuple[int, int], int]:
@@ -88,11 +90,13 @@ def _grid(rows: int, width: int) -> tuple[tuple[int, int], int]:
     return (rows, -(-width // block)), block
 
 
-def gated_forward(gate: Tensor, up: Tensor, kind: str, room: int = 0) -> Tensor:
-    """The kernel's h (N, F + room) for gate and up (N, F) with any row strides; `room` columns are left unwritten."""
-    h = gate.new_empty(gate.shape[0], gate.shape[1] + room)
+def gated_forward(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """The kernel's h (N, F) for gate and up (N, F) with any row strides."""
+    h = gate.new_empty(gate.shape)
     grid, block = _grid(*gate.shape)
-    _gated_forward_kernel[grid](gate, up, h, gate.stride(0), up.stride(0), h.stride(0), gate.shape[1], kind, block)
+    _gated_forward_kernel[grid](
+        gate, up, h, gate.stride(0), up.stride(0), h.stride(0), gate.shape[1], kind, INTERPRETED, block
+    )
     return h
 
 
@@ -108,7 +112,8 @@ def gated_gradient(
     grid, block = _grid(*gate.shape)
     _gated_backward_kernel[grid](
         grad, gate, up, grad_gate, grad_up, grad,
-        gate.stride(0), up.stride(0), grad_gate.stride(0), grad_up.stride(0), gate.shape[1], kind, want_h, block,
+        gate.stride(0), up.stride(0), grad_gate.stride(0), grad_up.stride(0), gate.shape[1],
+        kind, want_h, INTERPRETED, block,
     )  # fmt: skip
     return grad_gate, grad_up, grad if want_h else None
 
@@ -129,6 +134,7 @@ class _Gated(torch.autograd.Function):
         return grad_gate, grad_up, None
 
 
+@uncompiled
 def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """`f(gate) * up`, both (…, F); `kind` is a key of ACTIVATIONS."""
     if choice("gated", implementations(gate)) == "reference" or gate.numel() == 0:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lumen.errors import KernelError
-from lumen.ops._choose import choice
+from lumen.ops._choose import choice, uncompiled
 from lumen.ops._triton import implementations, jit, tl
 
 UNCOUNTED = -100  # target of a position that does not count
@@ -167,6 +167,7 @@ def _chunked(
             torch.mm(gradient, head, out=grad_rows[start : start + chunk])
         if grad_weight is not None:
             grad_weight += _product(gradient.T, rows)
+        del gradient  # before the next chunk's logits are made
     return total, grad_rows, grad_weight
 
 
@@ -193,6 +194,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None, None
 
 
+@uncompiled
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -267,6 +269,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
+@uncompiled
 def linear_logprobs(x: Tensor, weight: Tensor, target: Tensor, softcap: float = 0.0, chunk: int = 1024) -> Tensor:
     """log p(target) of each position, (N,) fp32, without ever holding the (N, V) logits: what preference and
     reinforcement objectives compare.

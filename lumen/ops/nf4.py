@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lumen.errors import KernelError
-from lumen.ops._choose import choice
+from lumen.ops._choose import choice, uncompiled
 from lumen.ops._triton import implementations, jit, tl
 
 BLOCK = 64
@@ -110,12 +110,13 @@ class NF4:
         return replace(cut, absmax=self.absmax[blocks], nested_absmax=self.nested_absmax[nested])
 
 
+@uncompiled
 @torch.no_grad()
-def quantize_nf4(weight: Tensor) -> NF4:
+def quantize_nf4(weight: Tensor, *, check: bool = True) -> NF4:
     """The weight (any shape, fp32 / bf16 / fp16) in NF4 with double quantization, on the weight's device.
 
-    Takes about 12 bytes a value while it runs; on a GPU no more than the result, to the same bits. A weight that holds
-    NaN or infinity is refused with a KernelError.
+    Takes about 12 bytes a value while it runs; on a GPU no more than the result, to the same bits. NaN or infinity is
+    refused with a KernelError, for which one waits for the GPU; without `check`, `offset` is not finite then.
     """
     values = weight.flatten().contiguous()
     if choice("quantize_nf4", implementations(values)) == "reference":
@@ -123,7 +124,7 @@ def quantize_nf4(weight: Tensor) -> NF4:
     else:
         codes, scales = _pack(values)
     offset = scales.mean()
-    if not offset.isfinite():
+    if check and not offset.isfinite():
         raise KernelError(f"NF4 wants finite values, found NaN or infinity in {tuple(weight.shape)}. Is it damaged?")
     nested = _blocks(scales - offset, NESTED_BLOCK)
     nested_scales = nested.abs().amax(dim=1)
@@ -193,6 +194,7 @@ def _pack(values: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
+@uncompiled
 def dequantize_nf4(nf4: NF4, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
     """The weight, `nf4.shape`, in `dtype` (None: the dtype it had), on the device of `nf4`.
 
@@ -282,85 +284,6 @@ def _unpack(nf4: NF4, out: Tensor) -> Tensor:
     return out
 
 
-@jit
-def _matvec_kernel(
-    x_ptr, codes_ptr, absmax_ptr, nested_ptr, offset_ptr, values_ptr, dynamic_ptr, start_ptr, y_ptr, inputs, outputs,
-    NESTED: tl.constexpr, START: tl.constexpr,
-    N: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """ROWS outputs for N inputs. `codes` are read as words of eight; a lane sums what it multiplies, to the end."""
-    WORDS: tl.constexpr = BLOCK // 8
-    TILE: tl.constexpr = ROWS * GROUPS
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    group = tl.arange(0, GROUPS)
-    word, place = tl.arange(0, WORDS), tl.arange(0, 8)
-    shift = place // 2 * 8 + 4 - place % 2 * 4  # the first of two codes is the high half of its byte
-    value = tl.arange(0, BLOCK)
-    per_row = inputs // BLOCK  # blocks
-    values = tl.broadcast_to(tl.load(values_ptr + tl.arange(0, 16))[None, :], (TILE, 16))
-    if NESTED:
-        offset = tl.load(offset_ptr)
-    n = tl.arange(0, N)
-    first = row * per_row
-    if N == 1:  # every lane keeps its sum
-        lanes = tl.zeros((ROWS, GROUPS, BLOCK), tl.float32)
-    else:
-        total = tl.zeros((N, ROWS, GROUPS), tl.float32)
-    for begin in range(0, per_row, GROUPS):
-        block = begin + group
-        held = (row[:, None] < outputs) & (block[None, :] < per_row)
-        index = first[:, None] + block[None, :]  # (ROWS, GROUPS): fewer than 2^31 blocks in a weight
-        at = codes_ptr + index[:, :, None] * WORDS + word[None, None, :]
-        eight = tl.load(at, mask=held[:, :, None], other=0)
-        code = (eight[:, :, :, None] >> shift[None, None, None, :]) & 15
-        weight = tl.reshape(tl.gather(values, tl.reshape(code, (TILE, BLOCK)), 1), (ROWS, GROUPS, BLOCK))
-        scale = tl.load(absmax_ptr + index, mask=held, other=0)
-        if NESTED:
-            nested = tl.load(nested_ptr + index // 256, mask=held, other=0.0)
-            scale = tl.where(held, tl.load(dynamic_ptr + scale.to(tl.int32)) * nested + offset, 0.0)
-        for i in tl.static_range(N):
-            x_at = x_ptr + i * inputs + block[:, None] * BLOCK + value[None, :]
-            x = tl.load(x_at, mask=block[:, None] < per_row, other=0.0).to(tl.float32)
-            if N == 1:
-                lanes += weight * scale[:, :, None] * x[None, :, :]
-            else:
-                sums = tl.sum(weight * x[None, :, :], 2) * scale
-                total += tl.where((n == i)[:, None, None], sums[None, :, :], 0.0)
-    if N == 1:
-        total = tl.sum(lanes, 2)[None, :, :]
-    sums = tl.sum(total, 2)
-    to = n[:, None] * outputs + row[None, :]
-    inside = row[None, :] < outputs
-    if START:
-        sums += tl.load(start_ptr + to, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + to, sums.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-MOST_VECTORS = 8  # rows of x up to which the packed weight is multiplied as it lies
-
-
-def nf4_matvec(x: Tensor, nf4: NF4, start: Tensor | None = None) -> Tensor:
-    """start + x @ W.T for a few rows, read from the packed weight: x (N, in) -> (N, out) in x's dtype; no gradient.
-
-    N ≤ MOST_VECTORS and `in` a multiple of 64; runs on a GPU, or in the interpreter. `start` (N, out) is contiguous.
-    """
-    rows, (outputs, inputs) = len(x), nf4.shape
-    y = x.new_empty(rows, outputs)
-    size = 1 << max(rows - 1, 0).bit_length()
-    if size != rows:  # tiles have powers of two
-        x = F.pad(x, (0, 0, 0, size - rows))
-        start = None if start is None else F.pad(start, (0, 0, 0, size - rows))
-        y = x.new_empty(size, outputs)
-    codes, *rest = _kernel_tensors(nf4)
-    # measured on an H200: an 8B's 224 products take 5.8 ms for one row, 18 for eight
-    outs, groups, warps = (4, 16, 2) if size == 1 else (4, 32, 4)
-    _matvec_kernel[(-(-outputs // outs),)](
-        x, codes.view(torch.int32), *rest, x if start is None else start, y, inputs, outputs,
-        nf4.nested_absmax is not None, start is not None, size, outs, groups, BLOCK, num_warps=warps,
-    )  # fmt: skip
-    return y[:rows]
-
-
 def nf4_scales(nf4: NF4) -> Tensor:
     """The scales of the blocks of 64 values (ceil(n / 64),), fp32."""
     if nf4.nested_absmax is None:
@@ -369,6 +292,7 @@ def nf4_scales(nf4: NF4) -> Tensor:
     return (values * nf4.nested_absmax[:, None] + nf4.offset).flatten()[: nf4.absmax.numel()]
 
 
+@uncompiled
 def nf4_linear(x: Tensor, nf4: NF4) -> Tensor:
     """x @ W.T for a frozen W of shape (out, in): (…, in) -> (…, out), in x's dtype. Saves neither x nor W."""
     return _NF4Linear.apply(x, nf4)

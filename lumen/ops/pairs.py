@@ -15,6 +15,7 @@ one more product with W.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from lumen.ops.dora import row_lengths, scale_gradient, scale_rows, turned_lengt
 from lumen.ops.dropout import thin_rows
 from lumen.ops.fp8 import Fp8Weight, fp8_gradient
 from lumen.ops.nf4 import NF4
+from lumen.ops.waist import MOST_WAIST, normed_product, waist_gradients
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,14 @@ class Plan:
     kind: str = ""  # of the gated activation
     dead: bool = False  # the outputs are not needed: only what the backward pass wants is
     fp8: Fp8Weight | None = None  # W of all layers in 8 bits, if its products shall be of these
+    learns: bool = False  # one of the W
+    leaves: bool = False  # the update is not in the outputs: their reader adds it
+    taken: tuple[float, ...] = ()  # the scales of the updates that are added here to the input's two halves
+
+    @property
+    def fused(self) -> bool:
+        """Whether the pairs' skinny products are made on the way past what they read."""
+        return 0 < self.waist <= MOST_WAIST and not self.thins and not self.learns
 
     @property
     def waist(self) -> int:
@@ -64,6 +74,14 @@ class Plan:
             row, column = row + outputs, column + rank
 
 
+class Stacked(NamedTuple):
+    """The weights of a group one under the other, in the input's dtype."""
+
+    weight: Tensor  # W (Σ out, in); not written where its products are in 8 bits
+    u: Tensor  # (Σ out, W), scale · B on a block diagonal; W = plan.waist, no columns where there is no pair
+    a: Tensor  # A (W, in), the ranks one under the other, filled up with zeros
+
+
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` in fp32, whatever their dtype: gradients of fp32 masters are not rounded on the way."""
     if a.dtype == torch.float32:
@@ -81,14 +99,14 @@ def _thin(plan: Plan, i: int, x: Tensor, seeds: Tensor | None, add_to: Tensor | 
 # Forward --------------------------------------------------------------------------------------------------------------
 
 
-def waists(plan: Plan, inputs: Tensor, below: Tensor, seeds: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """x̃ Aᵀ (N, W) of all layers side by side; `below` (W, in) is A."""
+def waists(plan: Plan, inputs: Tensor, a: Tensor, seeds: Tensor | None) -> Tensor:
+    """x̃ Aᵀ (N, W) of all layers side by side, for A (W, in)."""
     if not plan.thins:
-        return torch.mm(inputs, below.T, out=out)
-    found = inputs.new_empty(len(inputs), plan.waist) if out is None else out
+        return inputs @ a.T
+    found = inputs.new_empty(len(inputs), plan.waist)
     found[:, sum(plan.ranks) :] = 0
     for i, _, columns in plan.pairs():
-        torch.mm(_thin(plan, i, inputs, seeds), below[columns].T, out=found[:, columns])
+        torch.mm(_thin(plan, i, inputs, seeds), a[columns].T, out=found[:, columns])
     return found
 
 
@@ -101,7 +119,7 @@ def waist_weight(plan: Plan, a: Sequence[Tensor | None], width: int, like: Tenso
 
 
 def turned(
-    plan: Plan, y: Tensor, start: Tensor | None, inputs: Tensor, waist: Tensor, stacked: Tensor,
+    plan: Plan, y: Tensor, start: Tensor | None, inputs: Tensor, waist: Tensor, stacked: Stacked,
     dense: Sequence, a: Sequence, b: Sequence, magnitude: Sequence, seeds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What a group with learned lengths gives (N, Σ out); z; r and ‖V‖ (Σ out,) fp32.
@@ -109,9 +127,8 @@ def turned(
     y      x Wᵀ + (x̃ Aᵀ) uᵀ, with `start` in it where something is dropped, and without it where nothing is
     start  what is added to the outputs: (N, Σ out), (Σ out,) or None
     """
-    width, outputs = inputs.shape[1], sum(plan.outputs)
-    crossed = wide_product(stacked[:outputs, :width], stacked[outputs:, :width].T)  # W Aᵀ, (Σ out, W)
-    lengths, ratio = (torch.ones(outputs, dtype=torch.float32, device=y.device) for _ in range(2))
+    crossed = wide_product(stacked.weight, stacked.a.T)  # W Aᵀ, (Σ out, W)
+    lengths, ratio = (torch.ones(sum(plan.outputs), dtype=torch.float32, device=y.device) for _ in range(2))
     for i, rows, columns in plan.pairs():
         if plan.decomposed[i]:
             own = row_lengths(dense[i] if plan.nf4[i] is None else plan.nf4[i])
@@ -122,8 +139,8 @@ def turned(
     z = torch.zeros_like(y)
     for i, rows, columns in plan.pairs():
         if plan.decomposed[i]:
-            torch.mm(_thin(plan, i, inputs, seeds), stacked[rows, :width].T, out=z[:, rows])
-            z[:, rows].addmm_(waist[:, columns], stacked[rows, width:][:, columns].T)
+            torch.mm(_thin(plan, i, inputs, seeds), stacked.weight[rows].T, out=z[:, rows])
+            z[:, rows].addmm_(waist[:, columns], stacked.u[rows, columns].T)
     return scale_rows(z, ratio - 1, start=y, out=y), z, ratio, lengths
 
 
@@ -143,48 +160,64 @@ def turned_gradient(
 
 
 def grad_inputs(
-    plan: Plan, grad: Tensor, scaled: Tensor, grad_waist: Tensor | None, stacked: Tensor, width: int,
-    ratio: Tensor | None, seeds: Tensor | None,
+    plan: Plan, grad: Tensor, scaled: Tensor, grad_waist: Tensor | None, stacked: Stacked, ratio: Tensor | None,
+    seeds: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """∂x (N, in) for ∂y, r ∘ ∂y and ∂xa, with as few passes as can be over whichever of ∂y and ∂x is wider."""
-    outputs = sum(plan.outputs)
+    """∂x (N, in) for ∂y, r ∘ ∂y and ∂xa; None for a ∂xa that is not there, or whose ∂xa A the caller adds."""
     if plan.fp8 is not None:
         found = fp8_gradient(grad, plan.fp8)
         if grad_waist is not None and not plan.thins:
-            found.addmm_(grad_waist, stacked[outputs:, :width])
+            found.addmm_(grad_waist, stacked.a)
     elif grad_waist is None or plan.thins:
-        found = grad @ stacked[:outputs, :width]
-    elif outputs < width:
-        return torch.cat((scaled, grad_waist), 1) @ stacked[:, :width]
+        found = (grad if plan.thins else scaled) @ stacked.weight
     else:
-        return (grad_waist @ stacked[outputs:, :width]).addmm_(scaled, stacked[:outputs, :width])
+        return (grad_waist @ stacked.a).addmm_(scaled, stacked.weight)
     if not plan.thins:
         return found
     for i, rows, columns in plan.pairs():
-        part = grad_waist[:, columns] @ stacked[outputs:, :width][columns]
+        part = grad_waist[:, columns] @ stacked.a[columns]
         if plan.decomposed[i]:
-            part.addmm_(scale_rows(grad[:, rows], ratio[rows] - 1), stacked[rows, :width])
+            part.addmm_(scale_rows(grad[:, rows], ratio[rows] - 1), stacked.weight[rows])
         _thin(plan, i, part, seeds, add_to=found)
     return found
 
 
-def grad_a(plan: Plan, grad_waist: Tensor, inputs: Tensor, seeds: Tensor | None) -> list[Tensor | None]:
-    """∂A of each layer, from one product that reads the input once where nothing is dropped."""
-    product = None if plan.thins else wide_product(grad_waist.T, inputs)  # (W, in)
+def grad_a(
+    plan: Plan, grad_waist: Tensor, inputs: Tensor, seeds: Tensor | None, norm: Tensor | None, root: Tensor | None
+) -> list[Tensor | None]:
+    """∂A of each layer, from one product that reads the input once where nothing is dropped.
+
+    inputs  what the layers read; where the products are fused, what is normed on its way into this one
+    """
+    if plan.fused:
+        return of_ranks(plan, normed_product(grad_waist, inputs, norm, root, plan.plus_one))
+    if not plan.thins:
+        return of_ranks(plan, wide_product(grad_waist.T, inputs))
     found: list[Tensor | None] = [None] * len(plan.outputs)
     for i, _, columns in plan.pairs():
-        thin = _thin(plan, i, inputs, seeds) if product is None else inputs
-        found[i] = wide_product(grad_waist[:, columns].T, thin) if product is None else product[columns]
+        found[i] = wide_product(grad_waist[:, columns].T, _thin(plan, i, inputs, seeds))
     return found
 
 
-def grad_b(plan: Plan, scaled: Tensor, waist: Tensor) -> list[Tensor | None]:
-    """∂B of each layer, from one product that reads the gradient once; what is off the diagonal is thrown away."""
-    product = wide_product(scaled.T, waist)  # (Σ out, W)
+def of_ranks(plan: Plan, product: Tensor | None) -> list[Tensor | None]:
+    """The rows of `product` (W, in), ∂A of all pairs, that are each layer's."""
     found: list[Tensor | None] = [None] * len(plan.outputs)
-    for i, rows, columns in plan.pairs():
-        found[i] = product[rows, columns] * plan.scales[i]
+    for i, _, columns in plan.pairs():
+        found[i] = product[columns]
     return found
+
+
+def outward_gradients(plan: Plan, scaled: Tensor, u: Tensor, waist: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    """∂xa (N, W), and ∂B of each layer: its own columns of the product."""
+    found: list[Tensor | None] = [None] * len(plan.outputs)
+    if plan.fused:
+        grad_waist, product = waist_gradients(scaled, u, waist, plan.outputs, plan.ranks)
+    else:
+        grad_waist, product = scaled @ u, wide_product(scaled.T, waist)  # (Σ out, W)
+    for i, rows, columns in plan.pairs():
+        own = slice(plan.ranks[i]) if plan.fused else columns
+        found[i] = product[rows, own] * plan.scales[i]
+    return grad_waist, found
 
 
 def grad_dense(

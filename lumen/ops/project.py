@@ -20,7 +20,7 @@ multiplied by those (`ops/fp8.py`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,20 +29,24 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lumen.errors import KernelError
-from lumen.ops._choose import choice
+from lumen.ops._choose import choice, uncompiled
 from lumen.ops._triton import implementations
 from lumen.ops.dora import dora_norm, dora_update
 from lumen.ops.dropout import draw_seeds, thinned
 from lumen.ops.fp8 import Fp8Weight, add_to, fp8_group, fp8_linear, fp8_product
 from lumen.ops.gated import gated, gated_forward, gated_gradient
-from lumen.ops.lora import add_update, few_updates, lora_update, write_pair
-from lumen.ops.nf4 import BLOCK, MOST_VECTORS, NF4, dequantize_nf4, nf4_linear, nf4_matvec
+from lumen.ops.gated_waist import GatedGradients, Taken, gated_waist_forward, gated_waist_gradient
+from lumen.ops.lora import add_update, lora_update, write_pair
+from lumen.ops.nf4 import BLOCK, NF4, dequantize_nf4, nf4_linear
+from lumen.ops.nf4_matvec import MOST_VECTORS, few_inputs, nf4_products
 from lumen.ops.pairs import (
     Plan,
+    Stacked,
     grad_a,
-    grad_b,
     grad_dense,
     grad_inputs,
+    of_ranks,
+    outward_gradients,
     turned,
     turned_gradient,
     waist_weight,
@@ -69,6 +73,15 @@ class Projection:
         return self.weight.shape[0]
 
 
+@dataclass(frozen=True, eq=False)
+class Left:
+    """The updates of two layers that were left out of their outputs: waist · (scale B)ᵀ of each."""
+
+    waist: Tensor  # (N, W), the first layer's columns before the second's
+    b: tuple[Tensor | None, ...]  # (out, R) fp32 each; None without a pair
+    scales: tuple[float, ...]
+
+
 _workspaces: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 _outgrown: list[Tensor] = []
 
@@ -86,48 +99,38 @@ def _workspace(rows: int, columns: int, like: Tensor) -> Tensor:
 _held: WeakKeyDictionary[NF4, Tensor] = WeakKeyDictionary()
 
 
-def hold_unpacked(weights: Sequence[NF4], waist: int, dtype: torch.dtype) -> int:
-    """Unpacks the weights of one group for good, for as long as the first of them lives; the bytes this takes.
-
-    waist  the widest sum of ranks that the group will have, as `project` sees it
-    """
-    inputs, outputs = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
-    waist = -(-waist // 8) * 8
-    held = torch.empty(outputs + waist, inputs + waist, dtype=dtype, device=weights[0].codes.device)
-    for weight, part in zip(weights, held.split([w.shape[0] for w in weights] + [waist])[:-1], strict=True):
-        dequantize_nf4(weight, dtype, out=part[:, :inputs])
+def hold_unpacked(weights: Sequence[NF4], dtype: torch.dtype) -> int:
+    """Unpacks the weights of one group for good, for as long as the first of them lives; the bytes this takes."""
+    outputs = [weight.shape[0] for weight in weights]
+    held = torch.empty(sum(outputs), weights[0].shape[1], dtype=dtype, device=weights[0].codes.device)
+    for weight, part in zip(weights, held.split(outputs), strict=True):
+        dequantize_nf4(weight, dtype, out=part)
     _held[weights[0]] = held
     return held.nbytes
 
 
-def _stacked(plan: Plan, dense: Sequence, a: Sequence, b: Sequence, inputs: int, like: Tensor) -> Tensor:
-    """The weights of the group one under the other, in `like`'s dtype, with u beside them and A below:
-
-    W  u        (Σ out + W, in + W), W = plan.waist: the ranks side by side, filled up with zeros
-    A  ·        the corner is not written; W neither, where its products are in 8 bits
-    """
+def _stacked(plan: Plan, dense: Sequence, a: Sequence, b: Sequence, inputs: int, like: Tensor) -> Stacked:
+    """The weights and the pairs of the group, in `like`'s dtype."""
     outputs = sum(plan.outputs)
-    if len(dense) == 1 and dense[0] is not None and not plan.waist and plan.fp8 is None:
-        return dense[0].to(like.dtype)
     held = None if plan.nf4[0] is None else _held.get(plan.nf4[0])
-    size = outputs + plan.waist, inputs + plan.waist
-    stacked = _workspace(*size, like) if held is None else held[: size[0], : size[1]]
-    row = rank_at = 0
-    for out, nf4, weight, pair_a, pair_b, rank, scale in zip(
-        plan.outputs, plan.nf4, dense, a, b, plan.ranks, plan.scales, strict=True
-    ):
-        part = stacked[row : row + out, :inputs]
-        if plan.fp8 is None and nf4 is None:
-            part.copy_(weight)
-        elif plan.fp8 is None and held is None:
-            dequantize_nf4(nf4, like.dtype, out=part)
-        if plan.waist:
-            beside, below = stacked[row : row + out, inputs:], stacked[outputs + rank_at :, :inputs]
-            write_pair(pair_a, pair_b, scale, beside, below, rank_at)
-        row, rank_at = row + out, rank_at + rank
-    if plan.waist > rank_at:
-        stacked[outputs + rank_at :, :inputs].zero_()
-    return stacked
+    u, below = like.new_empty(outputs, plan.waist), like.new_empty(plan.waist, inputs)
+    if plan.fp8 is not None:
+        weight = u  # which nobody reads
+    elif held is not None:
+        weight = held
+    elif len(dense) == 1 and dense[0] is not None:
+        weight = dense[0].to(like.dtype)
+    else:
+        weight = _workspace(outputs, inputs, like)
+        for part, nf4, own in zip(weight.split(plan.outputs), plan.nf4, dense, strict=True):
+            part.copy_(own) if nf4 is None else dequantize_nf4(nf4, like.dtype, out=part)
+    if plan.waist:
+        rank_at = 0
+        for part, pair_a, pair_b, rank, scale in zip(u.split(plan.outputs), a, b, plan.ranks, plan.scales, strict=True):
+            write_pair(pair_a, pair_b, scale, part, below[rank_at:], rank_at)
+            rank_at += rank
+        below[rank_at:].zero_()
+    return Stacked(weight, u, below)
 
 
 def _joined(parts: tuple[Tensor, ...]) -> Tensor:
@@ -148,53 +151,33 @@ class _Project(torch.autograd.Function):
     """Saves what its input is made from, x Aᵀ (N, ΣR), seeds, what learned lengths want, references to parameters."""
 
     @staticmethod
-    def forward(ctx, plan: Plan, x: Tensor, second: Tensor | None, norm: Tensor | None, residual: Tensor | None,
-                seeds: Tensor | None, *parameters: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
-        layers, waist, turning = len(plan.outputs), None, (None, None, None)
+    def forward(
+        ctx, plan: Plan, x: Tensor, second: Tensor | None, norm: Tensor | None, residual: Tensor | None,
+        seeds: Tensor | None, left: Tensor | None, *parameters: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        layers, turning = len(plan.outputs), (None, None, None)
         dense, bias, a, b, magnitude = (parameters[i * layers : (i + 1) * layers] for i in range(5))
         ctx.plan, ctx.has_residual = plan, residual is not None
+        stacked = None if plan.dead else _stacked(plan, dense, a, b, x.shape[1], x)
+        below = waist_weight(plan, a, x.shape[1], x) if plan.dead else stacked.a
+        inputs, root, waist = _inputs(plan, x, second, norm, below, seeds, _taken(plan, left, parameters, x.dtype))
         if plan.dead:
-            ctx.save_for_backward(x, second, norm, None, x.new_empty(0), seeds, *turning, *parameters)
-            return (x.new_empty(1).expand(len(x), plan.outputs[0]),)
-        width, outputs = x.shape[1], sum(plan.outputs)
-        # measured on an H200: a product over in + ΣR is dearer than one over in unless its output is much wider
-        wide = residual is None and outputs > 2 * width and plan.fp8 is None
-        inputs, root = _inputs(plan, x, second, norm, plan.waist if wide else 0)
-        stacked = _stacked(plan, dense, a, b, width, x)
+            ctx.save_for_backward(x, second, norm, root, waist, seeds, left, *turning, *parameters)
+            return x.new_empty(1).expand(len(x), plan.outputs[0]), None
         start = residual
         if any(t is not None for t in bias):
             flat = [x.new_zeros(n) if t is None else t.to(x.dtype) for t, n in zip(bias, plan.outputs, strict=True)]
             start = torch.cat(flat) if start is None else start + torch.cat(flat)
-        late = start  # added once the rows have their lengths
-        if plan.turns and not plan.thins:
-            start = None
-        if plan.fp8 is not None:
-            y = fp8_product(inputs, plan.fp8)
-            if plan.waist:
-                waist, u = waists(plan, inputs, stacked[outputs:, :width], seeds), stacked[:outputs, width:]
-            if plan.waist and residual is not None and start is residual:
-                add_to(y, residual, waist, u)
-            else:
-                y = y if start is None else y.add_(start)
-                y = y.addmm_(waist, u.T) if plan.waist else y
-        elif plan.waist and inputs.shape[1] > width:  # one product over in + ΣR: the update costs no pass of its own
-            waist = waists(plan, inputs[:, :width], stacked[outputs:, :width], seeds, out=inputs[:, width:]).clone()
-            y = inputs @ stacked[:outputs].T if start is None else torch.addmm(start, inputs, stacked[:outputs].T)
-        elif plan.waist:
-            waist, u = waists(plan, inputs, stacked[outputs:, :width], seeds), stacked[:outputs, width:]
-            if residual is not None and start is residual:
-                y = add_update(residual, waist, u)
-            else:
-                y = waist @ u.T if start is None else torch.addmm(start, waist, u.T)
-            y.addmm_(inputs, stacked[:outputs, :width].T)
-        else:
-            y = inputs @ stacked.T if start is None else torch.addmm(start, inputs, stacked.T)
+        # without dropout, what is added to rows of learned lengths is added once they have them
+        y = _outputs(plan, inputs, waist, stacked, None if plan.turns and not plan.thins else start, residual)
         if plan.turns:
-            y, *turning = turned(plan, y, late, inputs[:, :width], waist, stacked, dense, a, b, magnitude, seeds)
-            turning[0] = turning[0] if any(ctx.needs_input_grad[-layers:]) else None
-        ctx.save_for_backward(x, second, norm, root, waist, seeds, *turning, *parameters)
+            y, *turning = turned(plan, y, start, inputs, waist, stacked, dense, a, b, magnitude, seeds)
+            turning[0] = turning[0] if any(ctx.needs_input_grad[7 + 4 * layers : 7 + 5 * layers]) else None
+        ctx.save_for_backward(x, second, norm, root, waist, seeds, left, *turning, *parameters)
         out = y.split(plan.outputs, dim=1) if layers > 1 else (y,)
-        return (*out, x.view_as(x)) if plan.source == "norm" else tuple(out)
+        if plan.source == "norm":
+            out = (*out, x.view_as(x))
+        return *out, waist if plan.leaves else None
 
     @staticmethod
     @once_differentiable
@@ -202,26 +185,29 @@ class _Project(torch.autograd.Function):
         plan = ctx.plan
         if getattr(ctx, "spent", False):
             raise KernelError("The activations of a fused MLP serve one backward pass; run the forward pass again.")
-        layers, outputs = len(plan.outputs), sum(plan.outputs)
-        x, second, norm, root, waist, seeds, z, ratio, lengths, *parameters = ctx.saved_tensors
-        width = x.shape[1]
+        layers = len(plan.outputs)
+        x, second, norm, root, waist, seeds, left, z, ratio, lengths, *parameters = ctx.saved_tensors
         dense, bias, a, b, _ = (parameters[i * layers : (i + 1) * layers] for i in range(5))
         needs = ctx.needs_input_grad
-        need_dense, need_bias = needs[6 : 6 + layers], needs[6 + layers : 6 + 2 * layers]
-        need_input = any(needs[1:4])
+        need_dense, need_bias = needs[7 : 7 + layers], needs[7 + layers : 7 + 2 * layers]
+        need_input = any(needs[1:4]) or left is not None
         grad = scaled = _joined(grads[:layers])
         of_a = of_b = of_magnitude = [None] * layers
+        of_left, of_left_b = None, [None] * len(plan.taken)
         of_inputs = grad_waist = None
         if plan.turns:
             scaled, of_magnitude = turned_gradient(plan, grad, z, ratio, lengths)
         if need_input or plan.waist:
-            stacked = _stacked(plan, dense, a, b, width, x)
-        if plan.waist:
-            grad_waist = scaled @ stacked[:outputs, width:]  # (N, ΣR)
+            stacked = _stacked(plan, dense, a, b, x.shape[1], x)
+        if plan.leaves:  # who added the updates has both from there
+            grad_waist = grads[-1]
+        elif plan.waist:
+            grad_waist, of_b = outward_gradients(plan, scaled, stacked.u, waist)
         if need_input:
-            of_inputs = grad_inputs(plan, grad, scaled, grad_waist, stacked, width, ratio, seeds)
+            added = plan.source == "gated" and plan.fused  # ∂xa A, by the kernel that reads the rest
+            of_inputs = grad_inputs(plan, grad, scaled, None if added else grad_waist, stacked, ratio, seeds)
         grad_x, grad_second, grad_norm, inputs = of_inputs, None, None, x
-        want_inputs = bool(plan.waist) or any(need_dense)
+        want_inputs = any(need_dense) or (bool(plan.waist) and not plan.fused)
         if plan.source == "norm":
             if need_input:
                 passed = grads[layers]
@@ -233,29 +219,78 @@ class _Project(torch.autograd.Function):
         elif plan.source == "gated":
             # the gradients take the place of gate and up, which nobody else reads: there is no second backward pass
             ctx.spent = True
-            grad_x, grad_second, inputs = gated_gradient(of_inputs, x, second, plan.kind, (x, second), want_inputs)
-        if plan.waist:
-            waist = waist if waist.numel() else waists(plan, inputs, waist_weight(plan, a, width, x), seeds)
-            of_b = grad_b(plan, scaled, waist)
-            of_a = grad_a(plan, grad_waist, inputs, seeds)
+            if plan.fused or left is not None:
+                taken = _taken(plan, left, parameters, x.dtype)
+                pair = (grad_waist, stacked.a) if plan.waist else None
+                found = gated_waist_gradient(of_inputs, x, second, plan.kind, taken, pair, out=(x, second))
+                grad_x, grad_second, of_left = found.gate, found.up, found.waist
+                of_a, of_left_b = of_ranks(plan, found.a_down), _of_taken(plan, found)
+            else:
+                grad_x, grad_second, inputs = gated_gradient(of_inputs, x, second, plan.kind, (x, second), want_inputs)
+        if plan.waist and (plan.source != "gated" or not plan.fused):
+            of_a = grad_a(plan, grad_waist, x if plan.fused else inputs, seeds, norm, root)
         of_dense = grad_dense(plan, grad, scaled, inputs, dense, need_dense, ratio, seeds)
         of_bias = [
             piece.sum(0, dtype=torch.float32).to(t.dtype) if need else None
             for piece, t, need in zip(grad.split(plan.outputs, dim=1), bias, need_bias, strict=True)
         ]
         residual = grad if ctx.has_residual else None
-        return None, grad_x, grad_second, grad_norm, residual, None, *of_dense, *of_bias, *of_a, *of_b, *of_magnitude
+        rest = (*of_dense, *of_bias, *of_a, *of_b, *of_magnitude, *of_left_b)
+        return None, grad_x, grad_second, grad_norm, residual, None, of_left, *rest
+
+
+def _taken(plan: Plan, left: Tensor | None, parameters: Sequence[Tensor | None], dtype: torch.dtype) -> Taken | None:
+    """The updates that gate and up left to be added here."""
+    if left is None:
+        return None
+    b = parameters[len(parameters) - len(plan.taken) :]
+    halves = [None if own is None else (own * scale).to(dtype) for own, scale in zip(b, plan.taken, strict=True)]
+    return Taken(left, *halves)
+
+
+def _of_taken(plan: Plan, found: GatedGradients) -> list[Tensor | None]:
+    """∂B of the updates that were left to be added here."""
+    products = (found.product_gate, found.product_up)[: len(plan.taken)]
+    return [None if product is None else product * scale for product, scale in zip(products, plan.taken, strict=True)]
 
 
 def _inputs(
-    plan: Plan, x: Tensor, second: Tensor | None, norm: Tensor | None, room: int
-) -> tuple[Tensor, Tensor | None]:
-    """What the layers read, and each row's inverse root where it is a norm. What is made here has `room` behind it."""
+    plan: Plan, x: Tensor, second: Tensor | None, norm: Tensor | None, a: Tensor, seeds: Tensor | None,
+    taken: Taken | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """What the layers read (nothing where they are dead), each row's inverse root where it is a norm, and the waist."""
+    inputs, root, waist = x, None, None
     if plan.source == "norm":
-        return norm_forward(x, norm, plan.eps, plan.plus_one, room)
-    if plan.source == "gated":
-        return gated_forward(x, second, plan.kind, room), None
-    return x, None
+        inputs, root = norm_forward(x, norm, plan.eps, plan.plus_one)
+    elif plan.source == "gated":
+        if plan.fused or taken is not None:
+            inputs, waist = gated_waist_forward(x, second, plan.kind, a, taken, dead=plan.dead)
+            return inputs, None, waist
+        inputs = gated_forward(x, second, plan.kind)
+    waist = waists(plan, inputs, a, seeds) if plan.waist else None
+    return inputs, root, waist
+
+
+def _outputs(
+    plan: Plan, inputs: Tensor, waist: Tensor | None, stacked: Stacked, start: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """start + x Wᵀ, and the update unless it is left to the reader: (N, Σ out)."""
+    if waist is None or plan.leaves:
+        if plan.fp8 is not None:
+            y = fp8_product(inputs, plan.fp8)
+            return y if start is None else y.add_(start)
+        return inputs @ stacked.weight.T if start is None else torch.addmm(start, inputs, stacked.weight.T)
+    alone = start is not None and start is residual
+    if plan.fp8 is not None:
+        y = fp8_product(inputs, plan.fp8)
+        if alone:
+            return add_to(y, residual, waist, stacked.u)
+        return (y if start is None else y.add_(start)).addmm_(waist, stacked.u.T)
+    if alone:
+        y = add_update(residual, waist, stacked.u)
+    else:
+        y = waist @ stacked.u.T if start is None else torch.addmm(start, waist, stacked.u.T)
+    return y.addmm_(inputs, stacked.weight.T)
 
 
 def project_reference(
@@ -315,6 +350,7 @@ def _product(layer: Projection, x: Tensor) -> Tensor:
     return nf4_linear(x, layer.weight) if packed else F.linear(x, layer.weight.to(x.dtype))
 
 
+@uncompiled
 def project(
     layers: Sequence[Projection],
     x: Tensor,
@@ -326,6 +362,8 @@ def project(
     plus_one: bool = False,
     residual: Tensor | None = None,
     dead: bool = False,
+    leave: bool = False,
+    left: Left | None = None,
 ) -> tuple[Tensor, ...]:
     """The outputs (…, out) of layers that read the same input: x (…, in), or norm(x), or f(x) · up.
 
@@ -334,10 +372,13 @@ def project(
                          on from there instead of from x has its gradient added inside the norm's kernel
     residual             (…, out), added to the output of a single layer
     dead                 nobody reads the outputs, which need not be computed: a recomputation for the backward pass
+    leave                the update may be left out of the outputs, for who reads them to add: a `Left`, or None if it
+                         is in them, stands behind all else that is returned
+    left                 with `up`: what was left out of x and `up`
     """
     options = {"up": up, "kind": kind, "norm": norm, "eps": eps, "plus_one": plus_one, "residual": residual}
     if choice("project", _available(layers, x)) == "reference":
-        return project_reference(layers, x, **options)
+        return project_reference(layers, x, **options) + (None,) * leave
     plan = Plan(
         source="gated" if up is not None else "norm" if norm is not None else "plain",
         nf4=tuple(layer.weight if isinstance(layer.weight, NF4) else None for layer in layers),
@@ -352,18 +393,25 @@ def project(
         # the length of a row that learns wants its output for its gradient
         dead=dead and all(layer.magnitude is None for layer in layers),
         fp8=fp8_group([layer.fp8 for layer in layers]),
+        learns=any(isinstance(layer.weight, Tensor) and layer.weight.requires_grad for layer in layers),
+        taken=() if left is None else left.scales,
     )
+    plan = replace(plan, leaves=leave and plan.fused and not plan.turns)
     rows = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, up, residual)]
     few = len(rows[0]) <= MOST_VECTORS and not x.shape[-1] % BLOCK and all(nf4 is not None for nf4 in plan.nf4)
-    if few and not torch.is_grad_enabled() and not plan.thins and not plan.turns:
-        return tuple(y.view(*x.shape[:-1], -1) for y in _few(plan, layers, rows[0], rows[1], norm, rows[2]))
-    found = _Project.apply(
-        plan, rows[0], rows[1], norm, rows[2], _seeds(layers, x),
+    if few and not torch.is_grad_enabled() and not plan.thins and not plan.turns and left is None:
+        found = _few(plan, layers, rows[0], rows[1], norm, rows[2])
+        return tuple(y.view(*x.shape[:-1], -1) for y in found) + (None,) * leave
+    *found, waist = _Project.apply(
+        plan, rows[0], rows[1], norm, rows[2], _seeds(layers, x), None if left is None else left.waist,
         *(None if isinstance(n.weight, NF4) else n.weight for n in layers),
         *(layer.bias for layer in layers), *(layer.a for layer in layers), *(layer.b for layer in layers),
-        *(layer.magnitude for layer in layers),
+        *(layer.magnitude for layer in layers), *(() if left is None else left.b),
     )  # fmt: skip
-    return tuple(y.view(*x.shape[:-1], -1) for y in found)
+    found = tuple(y.view(*x.shape[:-1], -1) for y in found)
+    if not leave:
+        return found
+    return *found, Left(waist, tuple(layer.b for layer in layers), plan.scales) if plan.leaves else None
 
 
 def _few(
@@ -375,20 +423,11 @@ def _few(
     residual: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Outputs for so few rows that the packed weights are read as they lie; the update stays in fp32."""
-    inputs, _ = _inputs(plan, x, up, norm, 0)
-    inputs = inputs.contiguous()
-    bias = [layer.bias for layer in layers]
-    if plan.waist:
-        pairs = [layer.a for layer in layers], [layer.b for layer in layers]
-        starts = few_updates(inputs, *pairs, plan.scales, plan.outputs, bias, residual)
-    else:
-        starts = [residual if own is None else own.float().expand(len(x), -1) for own in bias]
-        if residual is not None and bias[0] is not None:
-            starts = [starts[0] + residual]
-    outputs = [
-        nf4_matvec(inputs, layer.weight, None if start is None else start.contiguous())
-        for layer, start in zip(layers, starts, strict=True)
-    ]
+    source = {"up": up, "kind": plan.kind, "norm": norm, "eps": plan.eps, "plus_one": plan.plus_one}
+    planes, waist = few_inputs(x, [layer.a for layer in layers], **source)
+    outputs = nf4_products(
+        planes, waist, plan.nf4, [layer.b for layer in layers], plan.scales, [layer.bias for layer in layers], residual
+    )
     return (*outputs, x) if norm is not None else tuple(outputs)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lumen.ops._choose import choice
+from lumen.ops._choose import choice, uncompiled
 from lumen.ops._triton import implementations, jit, power_of_two, processors, tl
 
 
@@ -82,16 +82,13 @@ def _rms_norm_backward_kernel(
         tl.store(grad_weight_ptr + program.to(tl.int64) * width + column, total, mask=inside)
 
 
-def norm_forward(x: Tensor, weight: Tensor, eps: float, plus_one: bool, room: int = 0) -> tuple[Tensor, Tensor]:
-    """Rows (N, D) with any row stride, normed by the kernel: (y (N, D + room), 1 / root mean square (N,) fp32).
-
-    room  columns behind each row that are left for the caller to write
-    """
+def norm_forward(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
+    """Rows (N, D) with any row stride, normed by the kernel: (y (N, D), 1 / root mean square (N,) fp32)."""
     rows, width = x.shape
-    y, root = x.new_empty(rows, width + room), x.new_empty(rows, dtype=torch.float32)
+    y, root = x.new_empty(rows, width), x.new_empty(rows, dtype=torch.float32)
     block = power_of_two(width)
     _rms_norm_forward_kernel[(rows,)](
-        x, weight, y, root, x.stride(0), width + room, width, eps, plus_one, block, num_warps=_warps(block)
+        x, weight, y, root, x.stride(0), width, width, eps, plus_one, block, num_warps=_warps(block)
     )
     return y, root
 
@@ -147,6 +144,7 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
+@uncompiled
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
     """`x` (…, D) normed over its last axis, in x's dtype; the mean and the root are fp32.
 

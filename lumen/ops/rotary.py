@@ -4,14 +4,62 @@
 
 W, twice the width of the tables, is the part of a head that turns; what lies behind it stays. The gradient turns the
 other way, so nothing is kept for the backward pass but the tables.
+
+A token may have a position of three parts, time, height and width (Wang et al. 2024, arXiv 2409.12191, where it is
+called M-RoPE). Each pair of components then turns by one of the three: which one is a matter of the tables, and the
+kernel, which reads its tables by token, knows nothing of it. A token of a text has three equal parts, and turns as by
+the one position.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lumen.ops._choose import choice
+from lumen.errors import KernelError
+from lumen.ops._choose import choice, uncompiled
 from lumen.ops._triton import implementations, jit, power_of_two, tl
+
+
+def rotary_parts(sections: Sequence[int], interleaved: bool = False) -> Tensor:
+    """(W/2,) int64: by which part of a position, 0 time, 1 height, 2 width, each pair of components turns.
+
+    sections     how many pairs turn by each of the three
+    interleaved  the parts take turns, t h w t h w …, until one has all its pairs, and time has what is left, as in
+                 Qwen3-VL; otherwise they lie behind each other, as in Qwen2-VL and 2.5-VL
+
+    Raises KernelError where that is impossible.
+    """
+    if len(sections) != 3 or min(sections) < 0 or not sum(sections):
+        raise KernelError(f"sections wants three numbers of pairs, of time, height and width, found {list(sections)}.")
+    if not interleaved:
+        return torch.arange(3, device="cpu").repeat_interleave(torch.tensor(sections, device="cpu"))
+    parts = torch.zeros(sum(sections), dtype=torch.int64, device="cpu")
+    for part in (1, 2):
+        parts[part : 3 * sections[part] : 3] = part
+    if (found := parts.bincount(minlength=3).tolist()) != list(sections):
+        raise KernelError(
+            f"sections {list(sections)} cannot take turns: height and width would get {found[1]} and {found[2]} pairs. "
+            f"Each may have a third of all, or less."
+        )
+    return parts
+
+
+def rotary_angles(positions: Tensor, frequencies: Tensor, parts: Tensor | None = None) -> Tensor:
+    """Angles (B, T, W/2) fp32, of which the tables are the cosine and the sine.
+
+    positions    (B, T), or with `parts` (3, B, T)
+    frequencies  fp32, (W/2,), or (B, T, W/2) where tokens differ in them
+    parts        (W/2,) of `rotary_parts`: each pair turns by its own part of a position
+    """
+    wanted = 2 if parts is None else 3
+    if positions.ndim != wanted or (parts is not None and len(positions) != 3):
+        raise KernelError(
+            f"positions want the shape {'(B, T)' if parts is None else '(3, B, T)'}, found {tuple(positions.shape)}."
+        )
+    own = positions.unsqueeze(-1) if parts is None else positions[parts].movedim(0, -1)  # (B, T, 1 or W/2)
+    return own.float() * frequencies
 
 
 def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -58,7 +106,7 @@ def _turn(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tens
     half = cos.shape[-1]
     rest = head_dim - 2 * half
     _rotary_kernel[(B * T,)](
-        x, y, cos, sin, x.stride(1), x.stride(2), y.stride(1), y.stride(2), half, heads, head_dim,
+        x, y, cos, sin, _step(x), x.stride(2), _step(y), y.stride(2), half, heads, head_dim,
         inverse, rest > 0 and y is not x, power_of_two(half), power_of_two(heads), power_of_two(rest or 1),
     )  # fmt: skip
     return y
@@ -66,8 +114,14 @@ def _turn(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tens
 
 def _even(x: Tensor) -> Tensor:
     """`x` (B, T, H, E) itself where one stride leads from each token to the next, else a copy."""
-    even = x.stride(3) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+    B, T, *_ = x.shape
+    even = x.stride(3) == 1 and (B == 1 or T == 1 or x.stride(0) == T * x.stride(1))
     return x if even else x.contiguous()
+
+
+def _step(x: Tensor) -> int:
+    """How far `x` (B, T, H, E), whose tokens lie at even distances, goes from one token to the next."""
+    return x.stride(0) if x.shape[1] == 1 else x.stride(1)
 
 
 class _Rotary(torch.autograd.Function):
@@ -86,6 +140,7 @@ class _Rotary(torch.autograd.Function):
         return _turn(grad, out, cos, sin, True), None, None
 
 
+@uncompiled
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x` (B, T, H, E) turned by its positions; a new tensor of x's dtype.
 
@@ -97,12 +152,30 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rotary.apply(x, cos.contiguous(), sin.contiguous())
 
 
+FEW_TOKENS = 8  # of so few, a launch takes longer than what it does
+
+
+def _heads_of_both(q: Tensor, k: Tensor) -> Tensor | None:
+    """q and k as the heads of one tensor (B, T, H + K, E): few tokens whose k lies right behind q; None otherwise."""
+    B, T, H, E = q.shape
+    if B * T > FEW_TOKENS or q.untyped_storage().data_ptr() != k.untyped_storage().data_ptr():
+        return None
+    if q.data_ptr() + H * q.stride(2) * q.element_size() != k.data_ptr():
+        return None
+    if q.stride(2) != k.stride(2) or (B * T > 1 and _step(q) != _step(k)):
+        return None
+    return q.as_strided((B, T, H + k.shape[2], E), q.stride())
+
+
 class _RotateQK(torch.autograd.Function):
     """Turns q and k where they lie. The gradients of all three come out side by side, (B, T, (H + 2K)·E)."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
+        if (both := _heads_of_both(q, k)) is not None:
+            _turn(both, both, cos, sin, False)
+            return q, k, v
         return _turn(q, q, cos, sin, False), _turn(k, k, cos, sin, False), v
 
     @staticmethod
@@ -118,6 +191,7 @@ class _RotateQK(torch.autograd.Function):
         return out_q, out_k, out_v.copy_(grad_v), None, None
 
 
+@uncompiled
 def rotate_qk(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q (B, T, H, E), k and v (B, T, K, E): q and k turned as by `rotary`, v as it is.
 

@@ -9,9 +9,9 @@ name in `tokenizer_config.json` that no token bears, a part that this module doe
 that says the file and the key.
 """
 
-import enum
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,71 +20,11 @@ from typing import NamedTuple, Protocol
 
 import tokenizers
 
-from lumen.errors import CheckpointError, ConfigError, closest
+from lumen.errors import CheckpointError, ConfigError
 from lumen.formats.sentencepiece_model import parse_sentencepiece_model
+from lumen.text.tokens import BYTE_TOKEN, Token, TokenKind, Vocabulary
 
-MAX_ID = 2**22  # sixteen times the largest vocabulary known; a larger id is damage, or an attempt on our memory
-BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
-
-
-class TokenKind(enum.IntEnum):
-    """What a token is; the numbers are SentencePiece's, and GGUF's."""
-
-    NORMAL = 1
-    UNKNOWN = 2  # stands for what no token covers
-    CONTROL = 3  # structure, no part of the text: <s>, <|eot_id|>
-    USER = 4  # added to the vocabulary; found in a text before the rest is cut
-    UNUSED = 5
-    BYTE = 6  # one byte, spelled <0x0A>
-
-
-class Token(NamedTuple):
-    """One entry of a vocabulary; `text` as its file spells it: `Ġthe`, `▁the`, `<0x0A>`, `<|eot_id|>`."""
-
-    text: str
-    kind: TokenKind
-
-
-class Vocabulary:
-    """Tokens by id while they are read; refuses ids out of range, and ids or texts that are given twice."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.ids: dict[str, int] = {}
-        self._tokens: dict[int, Token] = {}
-
-    def add(self, text: object, id: object, kind: TokenKind, key: str) -> None:
-        """Adds a token, or changes the kind of the one with this very text and id; `key` says where it stands."""
-        if not isinstance(text, str) or type(id) is not int or not 0 <= id < MAX_ID:
-            raise CheckpointError(
-                f"{self.path}: {key}: a text with an id below {MAX_ID} was wanted, found {text!r}: {id!r}."
-            )
-        if kind is TokenKind.BYTE and not BYTE_TOKEN.fullmatch(text):
-            raise CheckpointError(
-                f"{self.path}: {key}: a byte token is one of <0x00> to <0xFF>, found {text!r} (id {id})."
-            )
-        holder, known = self._tokens.get(id), self.ids.get(text)
-        if holder is not None and holder.text != text:
-            raise CheckpointError(f"{self.path}: {key}: {text!r} is given id {id}, which {holder.text!r} has already.")
-        if known is not None and known != id:
-            raise CheckpointError(f"{self.path}: {key}: {text!r} is given id {id}, but it has id {known} already.")
-        self.ids[text], self._tokens[id] = id, Token(text, kind)
-
-    def mark_control(self, text: str, named_by: str) -> None:
-        """Makes a token structure, because `named_by` uses it so. The unknown token stays the unknown token."""
-        if text not in self.ids:
-            near = closest(text, self.texts(TokenKind.CONTROL, TokenKind.USER))
-            raise CheckpointError(f"{named_by} is {text!r}, a token that {self.path} lacks.{near}")
-        if self._tokens[self.ids[text]].kind is not TokenKind.UNKNOWN:
-            self._tokens[self.ids[text]] = Token(text, TokenKind.CONTROL)
-
-    def texts(self, *kinds: TokenKind) -> list[str]:
-        return [token.text for token in self._tokens.values() if token.kind in kinds]
-
-    def tokens(self) -> tuple[Token | None, ...]:
-        """By id, None for an id that no token has."""
-        return tuple(self._tokens.get(id) for id in range(max(self._tokens, default=-1) + 1))
 
 
 def _byte_level_table() -> dict[str, int]:
@@ -211,11 +151,10 @@ def read_json_object(path: Path, data: bytes) -> dict:
     """The JSON object in `data`; refuses everything else, and a key that stands twice in one object."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
-        found = {}
-        for key, value in pairs:
-            if key in found:
-                raise CheckpointError(f"{path}: {key!r} stands there twice in one object.")
-            found[key] = value
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            raise CheckpointError(f"{path}: {counts.most_common(1)[0][0]!r} stands there twice in one object.")
         return found
 
     try:
@@ -289,17 +228,16 @@ def _vocabulary_of(document: dict, path: Path) -> Vocabulary:
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
         kind = model.get("type") if isinstance(model, dict) else model
         raise CheckpointError(f"{path}: model: a BPE vocabulary was wanted, found {kind!r}. lumen knows no other kind.")
-    vocabulary = Vocabulary(path)
-    for text, id in model["vocab"].items():
-        kind = TokenKind.NORMAL
-        if text == model.get("unk_token"):
-            kind = TokenKind.UNKNOWN
-        elif model.get("byte_fallback") and text.startswith("<0x") and text.endswith(">"):
-            kind = TokenKind.BYTE
-        vocabulary.add(text, id, kind, "model.vocab")
+    vocabulary, ids, unknown = Vocabulary(path), model["vocab"], model.get("unk_token")
+    vocabulary.add_all(ids, "model.vocab")
+    if model.get("byte_fallback"):
+        for text in (text for text in ids if text.startswith("<0x") and text.endswith(">") and text != unknown):
+            vocabulary.add(text, ids[text], TokenKind.BYTE, "model.vocab")
+    if unknown in ids:
+        vocabulary.add(unknown, ids[unknown], TokenKind.UNKNOWN, "model.vocab")
     for number, token in enumerate(document.get("added_tokens") or []):
         kind = TokenKind.CONTROL if token["special"] else TokenKind.USER
-        if token["content"] == model.get("unk_token"):
+        if token["content"] == unknown:
             kind = TokenKind.UNKNOWN
         vocabulary.add(token["content"], token["id"], kind, f"added_tokens[{number}]")
     return vocabulary

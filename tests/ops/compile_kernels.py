@@ -29,8 +29,11 @@ from lumen.ops.adamw import Averages, Moments
 from lumen.ops.decode_attention import append_column
 from lumen.ops.fp8 import add_to, quantize_rows
 from lumen.ops.gated import ACTIVATIONS
+from lumen.ops.gated_waist import Taken, gated_waist_forward, gated_waist_gradient
 from lumen.ops.linear_loss import _fused_chunk_loss
-from lumen.ops.nf4 import BLOCK, NESTED_BLOCK, _pack, nf4_matvec
+from lumen.ops.nf4 import BLOCK, NESTED_BLOCK, _pack
+from lumen.ops.nf4_matvec import nf4_matvec
+from lumen.ops.waist import normed_product, waist_gradients
 
 PROCESSORS, WARP = 132, 32
 KIB = 1024
@@ -100,9 +103,34 @@ def group(inputs: int, outputs: tuple[int, ...], source: str, turned: bool = Fal
             ops.project(layers, tensor(8, 1, inputs), **few)
 
 
-def gate(kind: str) -> None:
-    pair = [tensor(B * T, F, learns=True) for _ in range(2)]
+def gate(kind: str, dtype: torch.dtype = torch.bfloat16) -> None:
+    pair = [tensor(B * T, F, dtype=dtype, learns=True) for _ in range(2)]
     gradients(ops.gated(*pair, kind), pair)
+
+
+def middle(kind: str, *ranks: int) -> None:
+    """Between gate, up and down, whose pairs have these ranks; 0 for none."""
+    gate, up = tensor(B * T, 2 * F).split(F, dim=1)
+    both, down = ranks[0] + ranks[1], ranks[2]
+    halves = [tensor(F, rank) if rank else None for rank in ranks[:2]]
+    taken = Taken(tensor(B * T, -(-both // 8) * 8), *halves) if both else None
+    for dead in (False, True):
+        gated_waist_forward(gate, up, kind, tensor(down, F), taken, dead)
+    pair = (tensor(B * T, down), tensor(down, F)) if down else None
+    gated_waist_gradient(tensor(B * T, F), gate, up, kind, taken, pair, (gate, up))
+
+
+def around(outputs: tuple[int, ...], rank: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """The skinny products of layers that read the same norm."""
+    ranks, wide = (rank,) * len(outputs), rank * len(outputs)
+    x, weight = tensor(B * T, D, dtype=dtype), tensor(D, dtype=dtype)
+    grad, waist = tensor(B * T, sum(outputs), dtype=dtype), tensor(B * T, wide, dtype=dtype)
+    u = tensor(sum(outputs), wide, dtype=dtype)
+    waist_gradients(grad, u, waist, outputs, ranks)
+    waist_gradients(grad, u, waist)
+    normed_product(waist, x)
+    for plus_one in (False, True):
+        normed_product(waist, x, weight, tensor(B * T, dtype=torch.float32), plus_one)
 
 
 def turn(head_dim: int, turned: int) -> None:
@@ -174,6 +202,15 @@ CASES: dict[str, Callable[[], None]] = {
     "q k v, thinned and turned": partial(group, D, (H * E, K * E, K * E), "norm", True),
     "down, thinned and turned": partial(group, F, (D,), "gated", True),
     **{f"gated {kind}": partial(gate, kind) for kind in ACTIVATIONS},
+    "gated fp32": partial(gate, "silu", torch.float32),
+    **{f"gated {kind}, pairs": partial(middle, kind, R, R, R) for kind in ACTIVATIONS},
+    **{f"gated, pairs of {rank}": partial(middle, "silu", rank, rank, rank) for rank in (8, 32, 64)},
+    "gated, no pair of down": partial(middle, "silu", R, R, 0),
+    "gated, a pair of down alone": partial(middle, "silu", 0, 0, R),
+    "waist of q k v": partial(around, (H * E, K * E, K * E), R),
+    "waist of gate up": partial(around, (F, F), R),
+    **{f"waist of {rank}": partial(around, (D,), rank) for rank in (8, 16, 32, 64)},
+    "waist of q k v, fp32": partial(around, (H * E, K * E, K * E), R, torch.float32),
     "rotary": partial(turn, E, E),
     "rotary, a quarter turns": partial(turn, E, E // 4),
     "attention 64": partial(attend, 64, 0.0),

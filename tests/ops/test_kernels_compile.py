@@ -34,6 +34,10 @@ SPILLS = {
     ("_attention_grad_q_kernel", "attention 128, soft cap"): 72,
     ("_attention_grad_q_kernel", "attention 256"): 208,
     ("_attention_grad_q_kernel", "attention 256, soft cap"): 208,
+    # a tile of 16 rows spills nothing and is 5 % slower on an H200
+    ("_gated_waist_backward_kernel", "gated gelu_tanh, pairs"): 32,
+    ("_gated_waist_backward_kernel", "gated gelu, pairs"): 16,
+    ("_gated_waist_backward_kernel", "gated, pairs of 8"): 48,
 }
 
 

@@ -1,28 +1,34 @@
-"""The updates of layers that read the same few rows: two kernels against the sum they stand for."""
+"""The low-rank update: what merging adds is what the layer computes, and two kernels against what they stand for."""
 
 import pytest
 import torch
 from kernels import needs_triton, random, relative_error
 
-from lumen.ops.lora import few_updates, few_updates_reference
-
-pytestmark = needs_triton
+from lumen.ops.lora import add_update, lora_update, lora_weight, write_pair
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
-@pytest.mark.parametrize("ranks", [(4,), (16, 16, 16), (0, 5, 3), (7, 0, 1), (2, 9), (40,)])
-def test_few_updates_match_their_reference(ranks, rows):
-    inputs, outputs = 4200 if rows == 1 else 600, [140, 33, 70][: len(ranks)]  # more than one tile, and no whole one
-    x = random(rows, inputs, learns=False)
-    a = [random(rank, inputs, seed=i, learns=False) if rank else None for i, rank in enumerate(ranks)]
-    b = [
-        random(out, rank, seed=i, learns=False) if rank else None
-        for i, (out, rank) in enumerate(zip(outputs, ranks, strict=True))
-    ]
-    bias = [None if i == 1 else random(out, learns=False) for i, out in enumerate(outputs)]
-    residual = random(rows, outputs[0], learns=False) if len(ranks) == 1 else None
-    arguments = (x, a, b, [0.7, 2.0, 1.0][: len(ranks)], outputs, bias, residual)
-    found, wanted = few_updates(*arguments), few_updates_reference(*arguments)
-    for one, other in zip(found, wanted, strict=True):
-        assert one.dtype == torch.float32
-        assert relative_error(one, other) <= 2e-6
+def test_the_update_is_a_product_with_what_merging_adds():
+    x, a, b = random(5, 33, learns=False), random(4, 33, learns=False), random(19, 4, learns=False)
+    assert relative_error(lora_update(x, a, b, 0.7), x @ lora_weight(a, b, 0.7).T) <= 1e-6
+
+
+@needs_triton
+@pytest.mark.parametrize(("rows", "width", "waist"), [(1, 33, 8), (70, 140, 24)])
+def test_an_update_is_added_to_what_is_there(rows, width, waist):
+    residual, thin = random(rows, width, learns=False), random(rows, waist, learns=False)
+    u = random(width, waist, learns=False)
+    assert relative_error(add_update(residual, thin, u), residual + thin @ u.T) <= 2e-6
+
+
+@needs_triton
+@pytest.mark.parametrize("column", [0, 3])
+def test_a_pair_is_written_beside_the_others_and_zeros_where_they_have_none(column):
+    a, b = random(5, 150, learns=False), random(33, 5, learns=False)
+    beside, below = torch.full((33, 8), 7.0), torch.full((6, 150), 7.0)
+    write_pair(a, b, 0.5, beside, below, column)
+    wanted = torch.zeros(33, 8)
+    wanted[:, column : column + 5] = 0.5 * b
+    assert torch.equal(beside, wanted)
+    assert torch.equal(below[:5], a) and torch.equal(below[5:], torch.full((1, 150), 7.0))
+    write_pair(None, None, 0.5, beside, below, column)
+    assert torch.equal(beside, torch.zeros(33, 8)) and torch.equal(below[:5], a)

@@ -14,7 +14,8 @@ from lumen.errors import KernelError
 from lumen.nn.recompute import recomputed, recomputing
 from lumen.ops.dropout import draw_seeds, kept
 from lumen.ops.fp8 import fp8_weights
-from lumen.ops.nf4 import dequantize_nf4, nf4_matvec, quantize_nf4
+from lumen.ops.nf4 import dequantize_nf4, quantize_nf4
+from lumen.ops.nf4_matvec import nf4_matvec
 from lumen.ops.project import Projection, project, project_reference
 
 pytestmark = needs_triton

@@ -15,8 +15,9 @@ import tokenizers
 import transformers
 
 from lumen.errors import CheckpointError, DataError
-from lumen.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from lumen.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, tokenizer_of
 from lumen.text.tokenizer_files import BYTE_OF
+from lumen.text.tokens import Token, TokenKind, Vocabulary
 
 MISTRAL = {
     "mistral_v1": "tokenizer.model.v1",
@@ -280,6 +281,28 @@ def test_added_tokens_extend_a_sentencepiece_model(tmp_path, folders):
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pad", ["<|eos|>", "a"])
+def test_another_padding_token_is_what_reading_the_saved_files_gives(tmp_path, pad):
+    folder = write(tmp_path / "own", byte_level("<|eos|>", "<|im_end|>"), {"eos_token": "<|im_end|>"})
+    given = load_tokenizer(folder).with_roles(pad_token=pad)
+    read = tokenizer_of(given.files)
+    for name in ("tokens", "pad_id", "eos_id", "bos_id", "unk_id", "prefix", "suffix", "stop_ids", "special_ids"):
+        assert getattr(given, name) == getattr(read, name), name
+    assert given.id_to_token(given.pad_id) == pad and dict(given.files) == dict(read.files)
+    assert given.encode("a<|eos|>b") == read.encode("a<|eos|>b")
+
+
+def test_a_sound_vocabulary_at_once_is_that_of_its_tokens_one_by_one():
+    ids = {"a": 2, "b": 0, "<|x|>": 5}
+    once, singly = Vocabulary(Path("t")), Vocabulary(Path("t"))
+    once.add_all(ids, "vocab")
+    for text, id in ids.items():
+        singly.add(text, id, TokenKind.NORMAL, "vocab")
+    assert once.ids == singly.ids and once.tokens() == singly.tokens()
+    assert once.texts(TokenKind.NORMAL) == singly.texts(TokenKind.NORMAL) == list(ids)
+    assert {type(token) for token in once.tokens()} == {Token, type(None)}
 
 
 def test_chat_template_is_found_wherever_it_is_kept(tmp_path):

@@ -1,0 +1,242 @@
+"""The kernels of a run's first step, compiled by a process beside it while data is encoded and weights are loaded.
+
+The process imports PyTorch at the same time as the run reads its data. Then it is told the configuration, the GPU and
+the shapes of the first batch, builds the same model on the meta device, and takes the first step there
+(`ops/ahead.py`): what would be launched is compiled into Triton's cache, as many at once as there are cores. It touches
+neither the GPU nor the weights. When all is done it leaves a mark beside the kernels, and the same run with the same
+Triton and the same lumen starts no second time.
+
+A run that this does not foresee (a continued adapter, added tokens, products in 8 bits), or a process that fails, means
+that kernels are compiled when they are first launched, as ever; a failure is said by the logger `lumen`.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TextIO
+
+import msgspec
+import torch
+from torch import nn
+
+from lumen import checkpoint
+from lumen.adapter import attach_lora
+from lumen.checkpoint import choose_device, choose_dtype, load_model
+from lumen.config import RunConfig
+from lumen.data.batch import Batch, RowStream, stack
+from lumen.errors import KernelError
+from lumen.models.decoder import Decoder
+from lumen.objectives.examples import Examples
+from lumen.objectives.sft import sft_loss
+from lumen.ops import ahead
+from lumen.ops.ahead import Gpu
+from lumen.ops.nf4 import BLOCK, NESTED_BLOCK, NF4, quantize_nf4
+from lumen.optim import clip_factor, gradient_norm
+from lumen.plan import keep
+from lumen.trainable import make_optimizer
+
+LOG = logging.getLogger("lumen")
+PACKAGE = Path(__file__).resolve().parent
+PROCESS = "import sys; from lumen.warming import serve; serve(sys.stdin)"
+DECIDING = ("method", "keep", "offload", "memory_gib", "optimizer_bits")  # what of [train] decides which kernels run
+LONGEST_S = 60.0  # how long a run that is ready waits; everything takes 5 seconds on 16 cores, and a minute on one
+
+
+class Warming:
+    """A run's side: `begin` as soon as the first batch is known, `finish` before the first step."""
+
+    def __init__(self, config: RunConfig):
+        """Starts the process where the run will be on a GPU for which kernels are compiled; else all this is idle."""
+        self._device = choose_device(config.model.device)
+        self._process: subprocess.Popen | None = None
+        if self._device.type != "cuda" or not ahead.compiles() or not _is_foreseen(config):
+            return
+        paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", PROCESS],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # an interrupt is the run's affair; what is under way here is no loss
+        )
+        thread = ThreadPoolExecutor(1)
+        self._gpu: Future[Gpu] = thread.submit(Gpu.of, self._device)
+        self._known: Future[str] = thread.submit(ahead.know_triton)  # this process will need it too
+        self._packs: Future[None] = thread.submit(_pack_once, self._device) if config.model.nf4 else self._known
+        thread.shutdown(wait=False)
+
+    def begin(self, config: RunConfig, examples: Examples) -> None:
+        """Says what is to be compiled: the first step on these rows."""
+        if self._process is None:
+            return
+        if examples.source.adapter:  # a model that `_take_step` does not build
+            self._end()
+            return
+        packed, base, dtype = examples.train, examples.source.base, choose_dtype(config.model.dtype, self._device)
+        rows = RowStream(packed.rows, seed=config.train.seed).take(config.train.batch_size)
+        batch = stack(rows, packed.longest if config.data.packing else 0)
+        self._ask(_request(config, base, str(dtype).removeprefix("torch."), self._gpu.result(), batch))
+        self._packs.result()
+
+    def _ask(self, asked: str) -> None:
+        self._known.result()
+        if _mark(asked).exists():
+            self._end()
+            return
+        with suppress(BrokenPipeError):  # it has ended before it was asked: `finish` says why
+            self._process.stdin.write(asked)
+            self._process.stdin.close()
+        self._process.stdin = None  # closed, which `communicate` does not expect
+
+    def finish(self) -> None:
+        """Waits until all is compiled: the step would wait for the same kernels, one after the other."""
+        if self._process is None:
+            return
+        began_s = time.monotonic()
+        try:
+            _, said = self._process.communicate(timeout=LONGEST_S)
+        except subprocess.TimeoutExpired:
+            self._end()
+            LOG.warning("Compiling kernels ahead took more than %g s and was given up.", LONGEST_S)
+            return
+        if self._process.returncode:
+            LOG.warning("Kernels could not be compiled ahead, and are when first used:\n%s", said.strip())
+        LOG.debug("waited %.1f s for kernels", time.monotonic() - began_s)
+        self._process = None
+
+    def _end(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
+        self._process = None
+
+
+def _pack_once(device: torch.device) -> None:
+    """Compiles the kernel that packs weights: loading needs it before the process could have made it."""
+    with torch.cuda.device(device):
+        quantize_nf4(torch.zeros(BLOCK, BLOCK, dtype=torch.bfloat16, device=device), check=False)
+
+
+def _is_foreseen(config: RunConfig) -> bool:
+    """Whether `_take_step` builds the model of this run: not where it hangs on more than the base and the settings."""
+    return not (config.tokens.add or config.model.fp8)
+
+
+def _request(config: RunConfig, base: Path, dtype: str, gpu: Gpu, batch: Batch) -> str:
+    plain = {name: value for name, value in vars(batch).items() if isinstance(value, bool | int)}
+    shapes = {
+        name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in batch.tensors.items()
+    }
+    asked = {"config": msgspec.to_builtins(config), "base": str(base), "dtype": dtype, "gpu": asdict(gpu)}
+    return json.dumps(asked | {"batch": {"plain": plain, "shapes": shapes}})
+
+
+def _mark(asked: str) -> Path:
+    """The file that says that all of a request is compiled; another lumen, Triton or PyTorch has another."""
+    request = json.loads(asked)
+    config = asdict(msgspec.convert(request["config"], RunConfig))
+    chosen = {name: config["train"][name] for name in DECIDING}
+    request["config"] = {"model": config["model"], "lora": config["lora"], "train": chosen}
+    request["gpu"] |= {"free_bytes": request["gpu"]["free_bytes"] >> 32}  # other programs come and go
+    code = hashlib.sha256(json.dumps(request, sort_keys=True).encode() + ahead.know_triton().encode())
+    code.update(torch.__version__.encode())
+    for path in sorted(PACKAGE.rglob("*.py")):
+        code.update(path.read_bytes())
+    return ahead.cache_folder() / f"lumen-{code.hexdigest()}"
+
+
+# --- the process's side ----------------------------------------------------------------------------------------------
+
+
+def serve(requests: TextIO) -> None:
+    """Waits for one request and does it; without one (the run has ended) nothing. KernelError where a kernel failed."""
+    ahead.know_triton()
+    torch.empty(1, dtype=torch.int64, device="meta") * torch.empty(1, device="meta")  # imports SymPy for 0.7 s
+    asked = requests.read()
+    if not asked:
+        return
+    mark, request = _mark(asked), json.loads(asked)
+    ahead.pretend(Gpu(**request["gpu"]))
+    with ahead.compiling(len(os.sched_getaffinity(0))) as finish:
+        _take_step(msgspec.convert(request["config"], RunConfig), request)
+        compiled, failed = finish()
+    if failed:
+        raise KernelError(f"{failed} of {failed + compiled} kernels could not be compiled.")
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
+def _take_step(config: RunConfig, request: dict) -> None:
+    """The first step of the run on the meta device, as `train.prepare` and `Trainer.train` make and take it."""
+    dtype, full = getattr(torch, request["dtype"]), config.train.method == "full"
+    checkpoint.quantize_nf4 = _quantized_in_shape
+    stored = "float32" if full else request["dtype"]
+    model = load_model(request["base"], dtype=stored, nf4=config.model.nf4, device="meta")
+    model.dtype = dtype
+    if full:
+        model.requires_grad_(True)
+    else:
+        attach_lora(model, config.lora)
+    Decoder.device = torch.device("cuda")  # what follows is decided as it would be there
+    config = replace(config, train=replace(config.train, optimizer_paged=False))  # the same kernels, no pinned memory
+    optimizer = make_optimizer(model.train(), config)
+    tensors = {
+        name: torch.empty(shape, dtype=getattr(torch, kind), device="meta")
+        for name, (shape, kind) in request["batch"]["shapes"].items()
+    }
+    batch = Batch(**tensors, **request["batch"]["plain"])
+    learned = sum(parameter.numel() for parameter in optimizer.parameters.values())
+    _fill_memory(model, optimizer.state_bytes, request["gpu"])
+    keep(model, config, batch.tokens.numel(), learned)
+    model.keeping = tuple(replace(keeping, moved=False) for keeping in model.keeping)  # the same kernels
+    _leave_repeated_blocks_out(model)
+    sft_loss(model, batch).total.backward()
+    for parameter in optimizer.parameters.values():  # their number is something that Triton looks at
+        parameter.grad = torch.empty_like(parameter)
+    norm = gradient_norm(optimizer.parameters.values())
+    optimizer.step(config.train.lr, clip_factor(norm, config.train.clip))
+
+
+def _leave_repeated_blocks_out(model: Decoder) -> None:
+    """Leaves two blocks of each kind, keeping the same: behind the first nothing is launched that is not by those."""
+    seen: Counter[tuple] = Counter()
+    left = []
+    for block, layer, keeping in zip(model.blocks, model.spec.layers, model.keeping, strict=True):
+        seen[layer, keeping] += 1
+        if seen[layer, keeping] <= 2:
+            left.append((block, keeping))
+    blocks, model.keeping = zip(*left, strict=True)
+    model.blocks = nn.ModuleList(blocks)
+
+
+def _quantized_in_shape(weight: torch.Tensor, *, check: bool = True) -> NF4:
+    """What `quantize_nf4` makes of a weight, without memory; `_pack_once` has compiled its kernel."""
+    blocks = -(-weight.numel() // BLOCK)
+    empty = {"device": weight.device}
+    return NF4(
+        codes=torch.empty(-(-weight.numel() // 2), dtype=torch.uint8, **empty),
+        absmax=torch.empty(blocks, dtype=torch.uint8, **empty),
+        nested_absmax=torch.empty(-(-blocks // NESTED_BLOCK), **empty),
+        offset=torch.empty((), **empty),
+        shape=tuple(weight.shape),
+        dtype=weight.dtype,
+    )
+
+
+def _fill_memory(model: Decoder, state_bytes: int, gpu: dict) -> None:
+    """From here on the GPU that is pretended holds the model and the optimizer's state."""
+    packed = [module.nf4 for module in model.modules() if getattr(module, "nf4", None) is not None]
+    used = sum(tensor.nbytes for tensor in [*model.parameters(), *packed]) + state_bytes
+    torch.cuda.mem_get_info = lambda device=None: (gpu["free_bytes"] - used, gpu["total_bytes"])
+    torch.cuda.memory_allocated = torch.cuda.memory_reserved = lambda device=None: used
