@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lumen.data.batch import Batch
+from lumen.memory import OF_A_PASS, memory_told
 from lumen.models.decoder import Decoder
 from lumen.objectives.base import Loss
 
@@ -43,7 +44,14 @@ class Passes:
         self._recordings: dict[tuple, _Recording] = {}
 
     def run(self, batch: Batch) -> Loss:
-        """Sums the gradients of one batch, which may still lie on the CPU; its loss, detached, on the device."""
+        """Sums the gradients of one batch, which may still lie on the CPU; its loss, detached, on the device.
+
+        OutOfMemory where the GPU's memory does not suffice; gradients may then be summed in part.
+        """
+        with memory_told(f"a pass over {batch.extent}", OF_A_PASS):
+            return self._run(batch)
+
+    def _run(self, batch: Batch) -> Loss:
         shape = (*((name, tensor.shape) for name, tensor in batch.tensors.items()), batch.packed)
         if shape in self._recordings:
             return self._replay(self._recordings[shape], batch)

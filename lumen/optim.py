@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lumen.errors import CheckpointError, ConfigError, closest
+from lumen.memory import OF_WEIGHTS, memory_told
 from lumen.ops.adamw import Averages, Moments, adamw
 
 LEAST_PACKED = 4096  # values: of smaller parameters eight bits would save nothing that counts
@@ -67,6 +68,7 @@ class AdamW:
         kind = Moments if self.bits == 8 and parameter.numel() >= LEAST_PACKED else Averages
         return kind.zeros(parameter.detach(), paged=self.paged)
 
+    @memory_told("an update by AdamW", OF_WEIGHTS)
     @torch.no_grad()
     def step(self, lr: float, factor: Tensor | None = None) -> None:
         """One update with learning rate `lr`. A parameter without a gradient keeps its value and its state.

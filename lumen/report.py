@@ -74,7 +74,9 @@ class Progress:
                 now_s,
             )  # from here on, what came before the first step is left out
         step_s = spent_s / max(1, line["step"] - self._first)
-        cells = _cells(line, self.total, step_s * (self.total - line["step"]))
+        # the first step's time holds what came before it, and kernels that were compiled: nothing to go by
+        left = "–" if begins and line["step"] < self.total else _duration(step_s * (self.total - line["step"]))
+        cells = _cells(line, self.total, left)
         if self._bar:
             text = "  ".join(f"{heading} {text}" for heading, _, text in cells)
             self._bar.update(self._task, completed=line["step"], text=text)
@@ -91,18 +93,18 @@ class Progress:
         self._console.print(text, markup=False)
 
 
-def _cells(line: Mapping[str, float], total: int, left_s: float) -> list[tuple[str, int, str]]:
+def _cells(line: Mapping[str, float], total: int, left: str) -> list[tuple[str, int, str]]:
     """(heading, width, text) of every column."""
     return [
-        ("step", 11, f"{line['step']:,}/{total:,}"),
+        ("step", max(11, 2 * len(f"{total:,}") + 1), f"{line['step']:,}/{total:,}"),
         ("loss", 7, f"{line['loss']:.4f}"),
         ("lr", 8, f"{line['learning_rate']:.2e}"),
         ("grad norm", 9, f"{line['grad_norm']:.3f}"),
         ("tokens/s", 9, f"{line['tokens_per_s']:,.0f}"),
         *([("TFLOP/s", 7, f"{line['tflops']:,.0f}")] if "tflops" in line else []),
         *([("of peak", 7, f"{line['peak_share']:.1%}")] if "peak_share" in line else []),
-        ("memory", 9, _bytes(line["peak_memory_bytes"])),
-        ("left", 7, _duration(left_s)),
+        ("memory", 10, _bytes(line["peak_memory_bytes"])),
+        ("left", 8, left),
     ]
 
 

@@ -59,7 +59,7 @@ def dense_peak(device: str, dtype: str) -> float | None:
     for name, rates in PEAKS.items():
         if found := re.search(rf"(?<!\w){re.escape(name)}(?!\w)", device):
             rate = rates[DTYPES.index(dtype)]
-            rest = re.split(r"\W+", device[found.end() :])
+            rest = device[found.end() :].split()
             return None if not rate or set(SLOWER) & set(rest) else rate * TERA
     return None
 

@@ -9,8 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from lumen.data.batch import Batch
 from lumen.data.packing import Packed
 from lumen.embeddings import learned_whole
 from lumen.errors import CheckpointError, ConfigError, LumenError
+from lumen.memory import OF_A_PASS, OF_WEIGHTS, memory_told
 from lumen.models.decoder import Decoder
 from lumen.objectives.base import Objective
 from lumen.objectives.examples import load_examples
@@ -147,19 +147,15 @@ class Trainer:
             "grad_norm": update.norm.item(),
             "tokens_per_s": tokens_per_s,
             "peak_memory_bytes": peak_memory_bytes(self.model.device),
+            **self.speed.figures(tokens_per_s),
         }
-        line |= self.speed.figures(tokens_per_s)
         self.run.log(line)
         progress.step(line)
 
-    @contextmanager
-    def _profiled(self) -> Iterator[None]:
+    def _profiled(self) -> AbstractContextManager[None]:
         """Records the fifth step, or the last of a shorter run, where train.profile asks for it."""
-        if not self.config.train.profile or self.step != min(4, self.steps - 1):
-            yield
-            return
-        with recorded(self.run.folder, self.model.device):
-            yield
+        asked = self.config.train.profile and self.step == min(4, self.steps - 1)
+        return recorded(self.run.folder, self.model.device) if asked else nullcontext()
 
     def _pauses(self) -> bool:
         """Whether something is due after this update that reads or writes the run as it stands."""
@@ -201,6 +197,7 @@ class Trainer:
         self.run.log({"step": self.step, "eval_loss": loss})
         progress.say(f"step {self.step}: evaluation loss {loss:.4f}")
 
+    @memory_told("answers to sample.prompts", OF_A_PASS)
     def sample(self, progress: Progress) -> None:
         """Logs what the model answers to the sample prompts."""
         sample = self.config.sample
@@ -272,6 +269,7 @@ class Trainer:
         return folder
 
 
+@memory_told("the model and what it learns with", OF_WEIGHTS)
 def prepare(config: RunConfig, run: Run, checkpoint: Checkpoint | None) -> Trainer:
     """The parts of a run: data encoded and packed, model loaded and made trainable, state as in `checkpoint` if given.
 
@@ -318,8 +316,8 @@ def prepare(config: RunConfig, run: Run, checkpoint: Checkpoint | None) -> Train
 def finetune(config: RunConfig, *, resume: bool = False) -> dict:
     """Runs `config` to its end and returns what summary.json says; the result lies in the run's folder.
 
-    Progress goes to stderr. SIGINT or SIGTERM ends the run after the step at hand, everything saved, `status`
-    "stopped".
+    Progress goes to stderr. SIGINT or SIGTERM ends the training after the step at hand, everything saved, `status`
+    "stopped"; before it, SIGINT is a KeyboardInterrupt. Where no step was taken, an error leaves no folder.
     """
     config = pin_model(config, resume=resume)
     run = Run.resume(config.output.folder, config) if resume else Run.create(config.output.folder, config)
@@ -328,20 +326,21 @@ def finetune(config: RunConfig, *, resume: bool = False) -> dict:
         print(f"Skipped a damaged checkpoint: {reason}", file=sys.stderr)
     if skipped and checkpoint is None:
         raise CheckpointError(f"{run.folder}: no checkpoint is whole. Start anew in another output.folder.")
-    with StopSignal() as stop:
-        try:
-            trainer = prepare(config, run, checkpoint)
-        except BaseException:
-            if not resume:
-                run.discard()
-            raise
+    trainer = None
+    try:
+        trainer = prepare(config, run, checkpoint)
         if resume:
             run.rewind(trainer.step if checkpoint else -1)
         print(describe(trainer), file=sys.stderr)
-        with Progress(trainer.steps) as progress:
-            trainer.train(stop, progress)
-        trainer.save()
-        return finish(trainer)
+        with StopSignal() as stop:  # what was interrupted before this has nothing to save
+            with Progress(trainer.steps) as progress:
+                trainer.train(stop, progress)
+            trainer.save()
+            return finish(trainer)
+    except BaseException:
+        if not resume and (trainer is None or trainer.step == 0):
+            run.discard()
+        raise
 
 
 def finish(trainer: Trainer) -> dict:
@@ -382,9 +381,8 @@ def describe(trainer: Trainer) -> str:
     how = f"{'DoRA' if trainer.lora.dora else 'LoRA'} rank {trainer.lora.rank}"
     how = " and ".join([how, *learned_whole(model)]) if config.train.method == "lora" else "every weight"
     cut = f" · {packed.truncated} cut to length, {packed.dropped} dropped" if packed.truncated or packed.dropped else ""
-    longest = max(sum(len(example.ids) for example in row) for row in packed.rows)
-    if longest > model.spec.context_length:
-        cut += f"\nwarning  rows of {longest:,} tokens; the model's context is {model.spec.context_length:,}"
+    if packed.longest > model.spec.context_length:
+        cut += f"\nwarning  rows of {packed.longest:,} tokens; the model's context is {model.spec.context_length:,}"
     return (
         f"model    {config.model.path} · {model.spec.name}{held} · {model.dtype} on {model.device}\n"
         f"learns   {how}: {learned:,} parameters\n"
@@ -425,6 +423,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError("Name a run file, a recipe or a run's folder; --list shows the recipes.")
         else:
             return _train(asked)
+    except KeyboardInterrupt:  # later ones are the loop's own to handle
+        print("stopped before the first step: nothing was begun", file=sys.stderr)
+        return 1
     except LumenError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -437,8 +438,7 @@ def _train(asked: argparse.Namespace) -> int:
         print(json.dumps(summary))
     folder, done = summary["folder"], summary["status"] == "done"
     if done:
-        print(f"done: {summary['result']}", file=sys.stderr)
-        print(f"  python -m lumen.chat {folder}", file=sys.stderr)
+        print(f"done: {summary['result']}\n  python -m lumen.chat {folder}", file=sys.stderr)
         print(f"  python -m lumen.export {folder} OUT --as gguf --quant q8_0", file=sys.stderr)
     else:
         print(f"stopped after step {summary['steps']}, everything saved:", file=sys.stderr)

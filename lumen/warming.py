@@ -6,8 +6,9 @@ the shapes of the first batch, builds the same model on the meta device, and tak
 neither the GPU nor the weights. When all is done it leaves a mark beside the kernels, and the same run with the same
 Triton and the same lumen starts no second time.
 
-A run that this does not foresee (a continued adapter, added tokens, products in 8 bits), or a process that fails, means
-that kernels are compiled when they are first launched, as ever; a failure is said by the logger `lumen`.
+A run that this does not foresee (a continued adapter, added tokens, products in 8 bits), a step that asks for values
+(experts that are multiplied one by one), or a process that fails, means that kernels are compiled when they are first
+launched, as ever. A failure is said by the logger `lumen`, and so is a wait that one notices.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -50,6 +52,8 @@ PACKAGE = Path(__file__).resolve().parent
 PROCESS = "import sys; from lumen.warming import serve; serve(sys.stdin)"
 DECIDING = ("method", "keep", "offload", "memory_gib", "optimizer_bits")  # what of [train] decides which kernels run
 LONGEST_S = 60.0  # how long a run that is ready waits; everything takes 5 seconds on 16 cores, and a minute on one
+UNSAID_S = 2.0  # how long it waits without a word
+LINES = 20  # of what a process that failed has written: each kernel may have left as many
 
 
 class Warming:
@@ -63,37 +67,44 @@ class Warming:
             return
         paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", PROCESS],
+            [sys.executable, "-P", "-c", PROCESS],  # -P: no module of the folder where the user stands
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # an interrupt is the run's affair; what is under way here is no loss
+            start_new_session=True,  # an interrupt is the run's affair
         )
+        self._end = weakref.finalize(self, _kill, self._process)  # also where the run fails before `finish`
         thread = ThreadPoolExecutor(1)
         self._gpu: Future[Gpu] = thread.submit(Gpu.of, self._device)
-        self._known: Future[str] = thread.submit(ahead.know_triton)  # this process will need it too
+        self._known: Future[None] = thread.submit(_know)
         self._packs: Future[None] = thread.submit(_pack_once, self._device) if config.model.nf4 else self._known
         thread.shutdown(wait=False)
 
     def begin(self, config: RunConfig, examples: Examples) -> None:
-        """Says what is to be compiled: the first step on these rows."""
+        """Says what is to be compiled: the first step on these rows. KernelError where Triton cannot launch at all."""
         if self._process is None:
             return
         if examples.source.adapter:  # a model that `_take_step` does not build
-            self._end()
-            return
-        packed, base, dtype = examples.train, examples.source.base, choose_dtype(config.model.dtype, self._device)
-        rows = RowStream(packed.rows, seed=config.train.seed).take(config.train.batch_size)
-        batch = stack(rows, packed.longest if config.data.packing else 0)
-        self._ask(_request(config, base, str(dtype).removeprefix("torch."), self._gpu.result(), batch))
+            self._give_up()
+        else:
+            packed, dtype = examples.train, choose_dtype(config.model.dtype, self._device)
+            rows = RowStream(packed.rows, seed=config.train.seed).take(config.train.batch_size)
+            batch = stack(rows, packed.longest if config.data.packing else 0)
+            tokens = config.train.batch_size * packed.longest
+            name = str(dtype).removeprefix("torch.")
+            self._ask(_request(config, examples.source.base, name, self._gpu.result(), batch, tokens))
         self._packs.result()
 
     def _ask(self, asked: str) -> None:
         self._known.result()
         if _mark(asked).exists():
-            self._end()
+            self._give_up()
+            return
+        if not os.access(folder := ahead.cache_folder(), os.W_OK):
+            LOG.warning("%s cannot be written: a kernel that it lacks fails. TRITON_CACHE_DIR names another.", folder)
+            self._give_up()
             return
         with suppress(BrokenPipeError):  # it has ended before it was asked: `finish` says why
             self._process.stdin.write(asked)
@@ -106,20 +117,47 @@ class Warming:
             return
         began_s = time.monotonic()
         try:
-            _, said = self._process.communicate(timeout=LONGEST_S)
+            said = self._wait()
         except subprocess.TimeoutExpired:
-            self._end()
+            self._give_up()
             LOG.warning("Compiling kernels ahead took more than %g s and was given up.", LONGEST_S)
             return
+        except BaseException:  # an interrupt
+            self._give_up()
+            raise
+        said = "\n".join(said.strip().splitlines()[-LINES:])
         if self._process.returncode:
-            LOG.warning("Kernels could not be compiled ahead, and are when first used:\n%s", said.strip())
+            LOG.warning("Kernels could not be compiled ahead, and are when first used:\n%s", said)
+        elif said:
+            LOG.info("%s", said)
         LOG.debug("waited %.1f s for kernels", time.monotonic() - began_s)
+        self._end.detach()
         self._process = None
 
-    def _end(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.communicate()
+    def _wait(self) -> str:
+        """What the process has written when it has ended; subprocess.TimeoutExpired after LONGEST_S."""
+        try:
+            return self._process.communicate(timeout=min(UNSAID_S, LONGEST_S))[1]
+        except subprocess.TimeoutExpired:
+            LOG.warning("Compiling kernels for this GPU: seconds, a minute on few cores. The next run finds them.")
+        return self._process.communicate(timeout=max(LONGEST_S - UNSAID_S, 0))[1]
+
+    def _give_up(self) -> None:
+        self._end()
         self._process = None
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Ends the process and all that it has started."""
+    if process.returncode is None:  # nobody has waited for it: the number is still its own
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def _know() -> None:
+    """What this process will need too, half a second each."""
+    ahead.know_triton()
+    ahead.start_driver()
 
 
 def _pack_once(device: torch.device) -> None:
@@ -133,13 +171,18 @@ def _is_foreseen(config: RunConfig) -> bool:
     return not (config.tokens.add or config.model.fp8)
 
 
-def _request(config: RunConfig, base: Path, dtype: str, gpu: Gpu, batch: Batch) -> str:
+def _request(config: RunConfig, base: Path, dtype: str, gpu: Gpu, batch: Batch, tokens: int) -> str:
+    """What the process is told, as JSON.
+
+    batch   the first one
+    tokens  of the widest one, from which follows what blocks keep
+    """
     plain = {name: value for name, value in vars(batch).items() if isinstance(value, bool | int)}
     shapes = {
         name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in batch.tensors.items()
     }
     asked = {"config": msgspec.to_builtins(config), "base": str(base), "dtype": dtype, "gpu": asdict(gpu)}
-    return json.dumps(asked | {"batch": {"plain": plain, "shapes": shapes}})
+    return json.dumps(asked | {"batch": {"plain": plain, "shapes": shapes}, "tokens": tokens})
 
 
 def _mark(asked: str) -> Path:
@@ -162,6 +205,7 @@ def _mark(asked: str) -> Path:
 def serve(requests: TextIO) -> None:
     """Waits for one request and does it; without one (the run has ended) nothing. KernelError where a kernel failed."""
     ahead.know_triton()
+    ahead.leave_compiler_out()
     torch.empty(1, dtype=torch.int64, device="meta") * torch.empty(1, device="meta")  # imports SymPy for 0.7 s
     asked = requests.read()
     if not asked:
@@ -169,7 +213,10 @@ def serve(requests: TextIO) -> None:
     mark, request = _mark(asked), json.loads(asked)
     ahead.pretend(Gpu(**request["gpu"]))
     with ahead.compiling(len(os.sched_getaffinity(0))) as finish:
-        _take_step(msgspec.convert(request["config"], RunConfig), request)
+        try:
+            _take_step(msgspec.convert(request["config"], RunConfig), request)
+        except NotImplementedError as error:  # a meta tensor has no values: what is launched further on is not known
+            sys.stderr.write(f"Kernels were compiled ahead for a part of the step: {error}\n")
         compiled, failed = finish()
     if failed:
         raise KernelError(f"{failed} of {failed + compiled} kernels could not be compiled.")
@@ -198,7 +245,7 @@ def _take_step(config: RunConfig, request: dict) -> None:
     batch = Batch(**tensors, **request["batch"]["plain"])
     learned = sum(parameter.numel() for parameter in optimizer.parameters.values())
     _fill_memory(model, optimizer.state_bytes, request["gpu"])
-    keep(model, config, batch.tokens.numel(), learned)
+    keep(model, config, request["tokens"], learned)
     model.keeping = tuple(replace(keeping, moved=False) for keeping in model.keeping)  # the same kernels
     _leave_repeated_blocks_out(model)
     sft_loss(model, batch).total.backward()
@@ -209,12 +256,17 @@ def _take_step(config: RunConfig, request: dict) -> None:
 
 
 def _leave_repeated_blocks_out(model: Decoder) -> None:
-    """Leaves two blocks of each kind, keeping the same: behind the first nothing is launched that is not by those."""
+    """Leaves two blocks of each kind, keeping the same: behind the first nothing is launched that is not by those.
+
+    The first block of all is one of a kind, where its input needs no gradient. Blocks of one kind hold the same: a
+    pattern may give their pairs other ranks, and a checkpoint in NF4 may leave some of their weights dense.
+    """
     seen: Counter[tuple] = Counter()
     left = []
     for block, layer, keeping in zip(model.blocks, model.spec.layers, model.keeping, strict=True):
-        seen[layer, keeping] += 1
-        if seen[layer, keeping] <= 2:
+        held = tuple((name, tensor.shape, tensor.dtype) for name, tensor in block.named_parameters())
+        seen[layer, keeping, held] += 1
+        if seen[layer, keeping, held] <= 2:
             left.append((block, keeping))
     blocks, model.keeping = zip(*left, strict=True)
     model.blocks = nn.ModuleList(blocks)

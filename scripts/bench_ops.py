@@ -19,6 +19,8 @@ import argparse
 import importlib.util
 import json
 import math
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -194,4 +196,12 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        try:
+            status = main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who read has seen enough; what is left in the buffer goes nowhere, and without a word
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE  # as of a command that the signal has ended
+    sys.exit(status)

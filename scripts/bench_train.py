@@ -14,7 +14,9 @@ the products of the forward pass and of the inputs' gradients, and attention, on
 
 import argparse
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -207,7 +209,7 @@ def measure_peer(peer: str, case: Case, steps: int, rank: int, recompute: bool, 
     told |= SIZES[case.size] | {"recompute": recompute, "folder": str(folder / case.size)}
     torch.cuda.empty_cache()  # what lumen no longer uses is the peer's
     command = [sys.executable, str(PEERS), json.dumps(told)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    ran = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False, cwd=folder)
     figures = [line for line in ran.stdout.splitlines() if line.startswith('{"peer"')]
     head = {"size": case.size, "rows": case.rows, "length": case.length}
     if ran.returncode or not figures:
@@ -274,4 +276,12 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        try:
+            status = main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who read has seen enough; what is left in the buffer goes nowhere, and without a word
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE  # as of a command that the signal has ended
+    sys.exit(status)

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "lumen"
 
 FLOORS = [  # from the ground up; a module imports from lower floors, or from its own folder
     ["errors"],
-    ["schema", "hub", "text_half"],
+    ["schema", "hub", "text_half", "memory"],
     ["ops", "formats", "names", "page", "config", "demo"],
     ["optim", "rope_spec", "expert_spec", "model_config"],
     ["spec"],

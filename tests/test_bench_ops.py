@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -48,3 +49,13 @@ def test_a_line_has_lumens_figures_and_the_others_times_beside_them(monkeypatch)
 def test_without_a_gpu_it_refuses():
     done = run("--only", "rms_norm")
     assert done.returncode == 2 and "finds none" in done.stderr
+
+
+def test_who_reads_no_further_is_no_reason_for_a_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, SCRIPT, "--help"]
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}  # or argparse writes at once, and keeps the error to itself
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

@@ -1,6 +1,8 @@
 """The script that times training steps: its lines, and a peer that fails is told."""
 
 import importlib
+import os
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -40,3 +42,13 @@ def test_a_peers_line_says_how_many_times_as_fast_lumen_is(bench):
 def test_without_a_gpu_it_refuses():
     done = subprocess.run([sys.executable, SCRIPTS / "bench_train.py"], capture_output=True, text=True)
     assert done.returncode == 2 and "finds none" in done.stderr
+
+
+def test_who_reads_no_further_is_no_reason_for_a_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, SCRIPTS / "bench_train.py", "--help"]
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}  # or argparse writes at once, and keeps the error to itself
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

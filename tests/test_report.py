@@ -127,6 +127,21 @@ def test_plain_progress_is_a_heading_and_one_line_a_step_in_fixed_columns():
     assert len({len(text) for text in lines}) == 1
 
 
+def test_columns_stay_where_they_are_in_long_runs_and_large_memories():
+    stream = io.StringIO()
+    with Progress(1_250_000, stream, 0) as progress:
+        progress.step(line(1))
+        progress.step(line(1_000_000) | {"peak_memory_bytes": 139 * 2**30})
+    lines = stream.getvalue().splitlines()
+    assert len({len(text) for text in lines}) == 1
+    assert "139.00 GiB" in lines[2]
+
+
+def test_the_first_line_promises_no_end():
+    lines = shown(range(1, 3), 2, every_s=0)
+    assert lines[1].endswith(" –") and lines[2].endswith(" 0:00")
+
+
 def test_on_a_gpu_progress_tells_operations_and_their_share_of_the_peak():
     stream = io.StringIO()
     with Progress(1, stream) as progress:

@@ -37,7 +37,8 @@ def test_a_device_is_known_by_the_name_that_its_driver_reports(name):
 @pytest.mark.parametrize(
     "name",
     ["", "NVIDIA A10G", "NVIDIA GB200", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 D",
-     "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce GTX 1080"],
+     "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce GTX 1080",
+     "NVIDIA GeForce RTX 3090 with Max-Q Design"],
 )  # fmt: skip
 def test_of_another_device_no_peak_is_told(name):
     assert dense_peak(name, "bfloat16") is None

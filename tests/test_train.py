@@ -1,6 +1,7 @@
 """The loop: what must not depend on how a step is split, packed or interrupted, and what stops it."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -206,6 +207,56 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves_and_names_th
         finetune(config(base, chats, folder))
     assert len(losses(folder)) == 2
     assert not (folder / "adapter").exists()
+
+
+def test_a_first_step_that_does_not_fit_leaves_the_folder_free_for_the_corrected_command(
+    base, chats, tmp_path, monkeypatch, capsys
+):
+    def exceeding(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    folder, real = tmp_path / "run", SFT.loss
+    config(base, chats, folder)
+    monkeypatch.setattr(SFT, "loss", exceeding)
+    assert main([str(folder.with_suffix(".toml"))]) == 1
+    said = capsys.readouterr().err
+    assert re.search(r"^error: The GPU's memory does not suffice for a pass over 2 rows x \d+ tokens", said, re.M)
+    assert not folder.exists()
+    monkeypatch.setattr(SFT, "loss", real)
+    finetune(config(base, chats, folder, "train.batch_size=1", "train.steps=1"))
+
+
+def test_weights_that_do_not_fit_are_told_as_such(base, chats, tmp_path, monkeypatch):
+    def exceeding(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("lumen.train.load_model", exceeding)
+    with pytest.raises(LumenError, match=r"the model and what it learns with.*model\.nf4=true"):
+        finetune(config(base, chats, tmp_path / "run"))
+
+
+def test_sigint_while_data_is_encoded_stops_at_once_and_leaves_no_process_and_no_folder(base, chats, tmp_path):
+    chats.write_text((chats.read_text() + "\n") * 10_000)  # half a minute of work for two processes
+    folder = tmp_path / "run"
+    config(base, chats, folder)
+    command = [sys.executable, "-m", "lumen.train", str(folder.with_suffix(".toml")), "data.workers=2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def workers():
+        listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+        rows = [line.split(maxsplit=2) for line in listed.splitlines()]
+        return [row[0] for row in rows if row[1] == str(process.pid) and "lumen.objectives.encoding" in row[2]]
+
+    deadline = time.monotonic() + 60
+    while len(started := workers()) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=15)
+    assert process.returncode == 1 and "stopped before the first step" in said and "Traceback" not in said
+    alive = subprocess.run(["ps", "-o", "pid=", "-p", ",".join(started)], capture_output=True, text=True).stdout
+    assert not alive.strip() and not folder.exists()
 
 
 def test_an_evaluation_leaves_dropout_as_it_was(base):

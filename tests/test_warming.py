@@ -1,20 +1,29 @@
 """The process that compiles the first step's kernels: what it leaves, and what a run does with and without it."""
 
+import gc
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cuda_driver import compiling_environment
-from tiny_models import llama
+from tiny_models import family, llama
 
 from lumen import warming
+from lumen.adapter import attach_lora
+from lumen.checkpoint import load_model
 from lumen.config import Data, Lora, Model, Output, RunConfig, Train
-from lumen.data.batch import stack
-from lumen.ops import ahead
+from lumen.data.batch import RowStream, stack
+from lumen.data.packing import pack
+from lumen.errors import KernelError
+from lumen.nn.recompute import Keeping
+from lumen.ops import ahead, quantize_nf4
 from lumen.ops.ahead import Gpu
 from lumen.text.conversation import Encoded
 from lumen.warming import Warming
@@ -32,7 +41,7 @@ NEEDED = {"_unpack_kernel", "_attention_grad_kv_kernel", "_rms_norm_forward_kern
 
 def request(folder, config: RunConfig) -> str:
     rows = [[Encoded(ids=list(range(length)), learn=[True] * length) for length in (20, 44)]]
-    return warming._request(config, folder, "bfloat16", H100, stack(rows, 64))
+    return warming._request(config, folder, "bfloat16", H100, stack(rows, 64), 64)
 
 
 @pytest.mark.slow
@@ -44,7 +53,7 @@ def test_the_first_step_of_a_run_is_compiled_and_marked(tmp_path):
     config = RunConfig(model=Model(path=str(model), nf4=True), lora=Lora(rank=4), data=Data(train=("x",)))
     asked, command = request(model, config), [sys.executable, "-c", warming.PROCESS]
     done = subprocess.run(command, input=asked, capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr[-3000:]
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr[-3000:]
     compiled = {path.stem for path in (tmp_path / "cache").rglob("*.cubin")}
     assert compiled >= NEEDED
     assert len(list((tmp_path / "cache").glob("lumen-*"))) == 1
@@ -63,6 +72,101 @@ def test_the_mark_is_of_what_decides_the_kernels(tmp_path, monkeypatch):
     assert warming._mark(request(tmp_path, replace(config, train=Train(keep="input")))) != mark
 
 
+WALK = """
+import itertools, json, os, sys
+from dataclasses import replace
+import msgspec
+from lumen import warming
+from lumen.config import RunConfig
+from lumen.nn.recompute import Keeping
+from lumen.ops import ahead
+from lumen.ops.ahead import Gpu
+
+ahead._fork = lambda work: os.posix_spawn("/bin/true", ["true"], {})  # what would be compiled is counted
+keep, shorten = warming.keep, warming._leave_repeated_blocks_out
+ways = (Keeping("input"),) * 2 + (Keeping("attention"),) * 2 + (Keeping(),) * 9
+
+def kernels(config, request, keeps, shortens):
+    def keep_so(model, *rest):
+        keep(model, *rest)
+        model.keeping = ways[: len(model.blocks)] if keeps else model.keeping
+        depths.append(len(model.blocks))
+    depths = []
+    warming.keep, warming._leave_repeated_blocks_out = keep_so, shortens
+    with ahead.compiling(2) as finish:
+        warming._take_step(config, request)
+        return finish()[0]
+
+for asked in json.loads(sys.stdin.read()):
+    request = json.loads(asked)
+    ahead.pretend(Gpu(**request["gpu"]))
+    config = msgspec.convert(request["config"], RunConfig)
+    for keeps in (False, True):
+        print(*(kernels(config, request, keeps, shortens) for shortens in (shorten, lambda model: None)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["llama2 tied", "phi4-mini", "gemma2", "gemma3", "qwen2-moe", "qwen3-moe"])
+def test_two_blocks_of_each_kind_launch_what_all_blocks_do(tmp_path, shape):
+    pytest.importorskip("triton")
+    family(tmp_path, shape, num_hidden_layers=7).to(torch.bfloat16).save_pretrained(tmp_path)
+    settings = [{"lora": Lora(dropout=0.1)}, {"train": Train(method="full"), "model": Model(nf4=False)}]
+    if "moe" not in shape:
+        own = "o_proj"  # of the sixth layer alone
+        settings.append({"lora": Lora(rank_pattern={rf"layers\.5\.self_attn\.{own}": 4})})
+        settings.append({"lora": Lora(dora=True, modules_to_save=("embed",))})
+    asked = [request(tmp_path, RunConfig(data=Data(train=("x",)), **each)) for each in settings]
+    done = subprocess.run(
+        [sys.executable, "-c", WALK],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        env=compiling_environment(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = [line.split() for line in done.stdout.splitlines()]
+    assert len(counts) == 2 * len(asked)
+    assert all(found == wanted and int(wanted) >= 10 for found, wanted in counts), counts
+
+
+@pytest.mark.slow
+def test_a_step_that_asks_for_values_is_compiled_as_far_as_it_is_known(tmp_path):
+    pytest.importorskip("triton")
+    model = tmp_path / "model"
+    family(model, "qwen3-moe").to(torch.bfloat16).save_pretrained(model)
+    config = RunConfig(lora=Lora(rank=4), data=Data(train=("x",)))  # too few columns for products of all experts
+    command, environment = [sys.executable, "-c", warming.PROCESS], compiling_environment(tmp_path)
+    done = subprocess.run(command, input=request(model, config), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "for a part of the step" in done.stderr and "Traceback" not in done.stderr
+    assert list((tmp_path / "cache").rglob("_rms_norm_forward_kernel.cubin"))
+    assert len(list((tmp_path / "cache").glob("lumen-*"))) == 1
+
+
+def test_blocks_that_hold_something_else_are_not_repeated(tmp_path):
+    """Left are the one that keeps less, the first two, two of another rank, and one that is dense in a part."""
+    llama(tmp_path, num_hidden_layers=9)
+    model = load_model(tmp_path, nf4=True, device="cpu")
+    attach_lora(model, Lora(rank=8, rank_pattern={r"layers\.[34]\.self_attn\.o_proj": 4}))
+    down = model.blocks[6].mlp.down
+    down.weight, down.nf4 = torch.nn.Parameter(down.base_weight(), requires_grad=False), None
+    model.keeping = (Keeping("input"),) + (Keeping(),) * 8
+    blocks = list(model.blocks)
+    warming._leave_repeated_blocks_out(model)
+    assert [blocks.index(block) for block in model.blocks] == [0, 1, 2, 3, 4, 6]
+    assert model.keeping == (Keeping("input"),) + (Keeping(),) * 5
+
+
+def test_a_packed_weight_in_shape_is_that_of_a_real_one():
+    for shape in ((3, 64), (37, 41), (70, 300)):
+        weight = torch.randn(shape, dtype=torch.bfloat16)
+        found, wanted = warming._quantized_in_shape(weight), quantize_nf4(weight)
+        assert (found.shape, found.dtype, found.nbytes) == (wanted.shape, wanted.dtype, wanted.nbytes)
+        for name, tensor in wanted.tensors.items():
+            assert (found.tensors[name].shape, found.tensors[name].dtype) == (tensor.shape, tensor.dtype), name
+
+
 def test_on_a_cpu_nothing_is_started():
     idle = Warming(RunConfig(model=Model(path="nowhere", device="cpu"), data=Data(train=("x",))))
     idle.begin(None, None)
@@ -76,6 +180,7 @@ def started(monkeypatch, tmp_path):
     monkeypatch.setattr(Gpu, "of", lambda device: H100)
     monkeypatch.setattr(ahead, "compiles", lambda: True)
     monkeypatch.setattr(ahead, "know_triton", lambda: "3.6")
+    monkeypatch.setattr(ahead, "start_driver", lambda: None)
     monkeypatch.setattr(ahead, "cache_folder", lambda: tmp_path)
 
     def start(code: str) -> tuple[Warming, str]:
@@ -113,3 +218,68 @@ def test_a_run_whose_kernels_are_marked_waits_for_nothing(started, tmp_path, mon
     monkeypatch.setattr(warming, "_mark", lambda asked: tmp_path)
     begun, _ = started("import time; time.sleep(60)")
     assert begun._process is None
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_nothing_is_started(started, caplog, monkeypatch):
+    monkeypatch.setattr(warming.os, "access", lambda folder, mode: mode != os.W_OK)
+    with caplog.at_level(logging.WARNING, "lumen"):
+        begun, _ = started("import time; time.sleep(60)")
+    assert begun._process is None and "TRITON_CACHE_DIR" in caplog.text
+
+
+def test_a_wait_that_one_notices_is_said(started, caplog, monkeypatch):
+    monkeypatch.setattr(warming, "UNSAID_S", 0.1)
+    with caplog.at_level(logging.WARNING, "lumen"):
+        started("import time; time.sleep(0.5)")[0].finish()
+    assert caplog.messages == [
+        "Compiling kernels for this GPU: seconds, a minute on few cores. The next run finds them."
+    ]
+
+
+def test_of_a_failure_the_last_lines_are_said(started, caplog):
+    with caplog.at_level(logging.WARNING, "lumen"):
+        started("import sys; print(*range(9000), sep='\\n', file=sys.stderr); sys.exit(1)")[0].finish()
+    assert caplog.text.rstrip().endswith("8999") and caplog.text.count("\n") <= warming.LINES + 2
+
+
+def test_a_run_that_fails_or_is_interrupted_leaves_no_process(started, monkeypatch):
+    begun, _ = started("import time; time.sleep(60)")
+    process = begun._process
+    del begun
+    gc.collect()
+    assert process.returncode == -signal.SIGKILL
+    begun, _ = started("import time; time.sleep(60)")
+    process = begun._process
+    monkeypatch.setattr(Warming, "_wait", lambda self: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        begun.finish()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_without_a_c_compiler_the_error_says_what_to_do(monkeypatch):
+    pytest.importorskip("triton")
+
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(ahead.triton.runtime, "driver", Driver())
+    with pytest.raises(KernelError, match=r"Failed to find C compiler\. It wants a C compiler .* TRITON_CACHE_DIR"):
+        ahead.start_driver()
+
+
+def test_what_blocks_keep_follows_from_the_widest_batch(started, monkeypatch):
+    """Rows that are not packed: the first batch is narrower than the longest row."""
+    begun, _ = started("import time; time.sleep(60)")
+    told = []
+    monkeypatch.setattr(begun, "_ask", lambda asked: told.append(json.loads(asked)))
+    begun._packs = begun._known
+    rows = pack([Encoded([1] * n, [True] * n) for n in (4, 4, 4, 8)], 8, packing=False)
+    first = RowStream(rows.rows, seed=2).take(2)
+    assert max(len(example.ids) for row in first for example in row) == 4, "another seed would say nothing"
+    source = SimpleNamespace(adapter=None, base="m")
+    config = RunConfig(data=Data(train=("x",), packing=False), train=Train(batch_size=2, seed=2))
+    begun.begin(config, SimpleNamespace(source=source, train=rows))
+    (asked,) = told
+    assert asked["batch"]["shapes"]["tokens"][0] == [2, 4] and asked["tokens"] == 2 * 8

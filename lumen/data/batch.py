@@ -43,6 +43,12 @@ class Batch:
     def tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
+    @property
+    def extent(self) -> str:
+        """For messages, as "4 rows x 2,048 tokens"."""
+        rows, width = self.tokens.shape
+        return f"{rows:,} row{'s' * (rows > 1)} x {width:,} tokens"
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; to a GPU without waiting for the copies."""
         if torch.device(device).type != "cuda":

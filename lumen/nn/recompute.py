@@ -17,7 +17,7 @@ A `Keeping` says it for one block, `choose_keeping` for all, from the memory tha
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from lumen.errors import KernelError
 from lumen.ops import uncompiled
 from lumen.ops.dropout import seeds_noted, seeds_repeated
 from lumen.spec import ModelSpec
@@ -49,6 +50,20 @@ def _again(seeds: list[Tensor]) -> Iterator[None]:
         _recomputing.reset(token)
 
 
+class _EachTime:
+    """`_again`, entered anew by every backward pass: through a graph that is retained there are several."""
+
+    def __init__(self, seeds: list[Tensor]):
+        self.seeds = seeds
+
+    def __enter__(self) -> None:
+        self.within = _again(self.seeds)
+        self.within.__enter__()
+
+    def __exit__(self, *raised) -> None:
+        self.within.__exit__(*raised)
+
+
 @uncompiled  # torch.compile knows no checkpoint whose recomputation has a context of its own
 def recomputed(part: Callable[..., Tensor], *arguments, random: bool = False) -> Tensor:
     """`part(*arguments)`, of which only the arguments are kept for the backward pass.
@@ -57,7 +72,7 @@ def recomputed(part: Callable[..., Tensor], *arguments, random: bool = False) ->
     """
     seeds: list[Tensor] = []  # of dropout, which draws them apart from other random numbers
     return checkpoint(
-        part, *arguments, use_reentrant=False, context_fn=lambda: (seeds_noted(seeds), _again(seeds)),
+        part, *arguments, use_reentrant=False, context_fn=lambda: (seeds_noted(seeds), _EachTime(seeds)),
         determinism_check="none", preserve_rng_state=random,
     )  # fmt: skip
 
@@ -84,47 +99,75 @@ def bytes_per_token(spec: ModelSpec, level: Level, itemsize: int = 2) -> int:
 # Moving ---------------------------------------------------------------------------------------------------------------
 
 LEAST_MOVED = 1 << 20  # bytes: what is smaller stays
+MOST_IN_PIECE = 1 << 26  # bytes
+
+
+def piece_sizes(size: int) -> list[int]:
+    """Bytes of the pieces of pinned memory that hold `size` bytes, falling; less than LEAST_MOVED too many.
+
+    All are powers of two: PyTorch rounds what it pins up to one, so that 2.9 GB in one piece would take 4.3. And there
+    are few sizes, so that a batch of another shape finds pieces that are there.
+    """
+    whole, rest = divmod(size, MOST_IN_PIECE)
+    rest = -(-rest // LEAST_MOVED)
+    bits = reversed(range((MOST_IN_PIECE // LEAST_MOVED).bit_length()))
+    return [MOST_IN_PIECE] * whole + [LEAST_MOVED << bit for bit in bits if rest >> bit & 1]
 
 
 @dataclass
 class _Moved:
     """One storage on its way to the host, there, or back."""
 
-    host: Tensor  # uint8, pinned
+    host: list[Tensor]  # uint8, pinned, of `piece_sizes`
     device: Tensor | None  # uint8, held until its copy is done; the copy that came back, later
     ready: torch.cuda.Event  # the newest copy is done
+    size_bytes: int
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each piece of the host's memory, as far as it is filled, and the stretch on the device that it holds."""
+        begin = 0
+        for piece in self.host:
+            stretch = self.device[begin : begin + len(piece)]
+            yield piece[: len(stretch)], stretch
+            begin += len(piece)
 
 
-@dataclass
-class _Shipment:
-    """All that one block has moved."""
-
-    parts: dict[int, _Moved] = field(default_factory=dict)  # by address of the storage
-    home: bool = False
+_Shipment = dict[int, _Moved]  # all that one block has moved, by address of the storage
 
 
 class Mover:
     """Keeps what blocks save in pinned host memory, a block behind and a block ahead of the computation.
 
-    One object serves one model; its host memory is taken once and used again in every step. Device memory is given back
-    as soon as a copy is done: at most two blocks' worth is on its way in either direction.
+    One object serves one model; its host memory is taken once and used again in every step. At most two blocks' worth
+    is on the device: in a forward pass that of the block that runs and of the one before, in a backward pass that of
+    the block that runs and of the one that is next. What the first block moved stays there until `start`.
+
+    A tensor without a history stays on the device: weights, and what all blocks share, as tables of angles; and the
+    first block's input where the embedding does not learn.
     """
 
     def __init__(self, device: torch.device):
+        self.device = device
         self.out, self.back = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._free: dict[int, list[Tensor]] = {}
         self._sent: list[_Shipment] = []
 
     def start(self) -> None:
-        """A forward pass begins: what an abandoned one left is forgotten."""
+        """A forward pass begins: what the one before has moved is forgotten."""
         for shipment in self._sent:
-            for part in shipment.parts.values():
-                self._free.setdefault(part.host.numel(), []).append(part.host)
+            self._let_go(shipment)
+            for part in shipment.values():
+                for piece in part.host:
+                    self._free.setdefault(len(piece), []).append(piece)
+            shipment.clear()  # a graph that is still there may hold it
         self._sent = []
 
     def block(self) -> AbstractContextManager:
-        """Inside the `with`, a block runs forward, and what it saves is moved."""
-        shipment = _Shipment()
+        """Inside the `with`, a block runs forward, and what it saves is moved.
+
+        Its backward pass must come before the next `start`, and raises KernelError otherwise.
+        """
+        shipment: _Shipment = {}
         self._sent.append(shipment)
         number = len(self._sent) - 1
         if number >= 2:
@@ -132,60 +175,76 @@ class Mover:
 
         def pack(tensor: Tensor):
             storage = tensor.untyped_storage()
-            if not tensor.is_cuda or tensor.is_leaf or storage.nbytes() < LEAST_MOVED:
+            if tensor.device != self.device or tensor.is_leaf or storage.nbytes() < LEAST_MOVED:
                 return tensor
             address = storage.data_ptr()
-            if address not in shipment.parts:
-                shipment.parts[address] = self._send(storage)
-            return number, address, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+            if address not in shipment:
+                shipment[address] = self._send(storage)
+            return address, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
 
         def unpack(packed) -> Tensor:
             if isinstance(packed, Tensor):
                 return packed
-            number, address, dtype, shape, stride, offset = packed
+            address, dtype, shape, stride, offset = packed
+            if address not in shipment:
+                raise KernelError(
+                    f"A backward pass wants what block {number} moved to the host's memory, but another forward pass "
+                    f"has begun since and has taken that memory. Run each backward pass before the next forward pass, "
+                    f"or set train.offload = false."
+                )
             self._fetch(number)
-            part = self._sent[number].parts[address]
-            torch.cuda.current_stream().wait_event(part.ready)
+            part = shipment[address]
+            self._main().wait_event(part.ready)
             return part.device.view(dtype).as_strided(shape, stride, offset)
 
         return saved_tensors_hooks(pack, unpack)
 
+    def _main(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device)
+
     def _send(self, storage: torch.UntypedStorage) -> _Moved:
         size = storage.nbytes()
-        pool = self._free.setdefault(size, [])
-        host = pool.pop() if pool else torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        host = [self._piece(one) for one in piece_sizes(size)]
         device = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (size,))
-        self.out.wait_stream(torch.cuda.current_stream())
+        part = _Moved(host=host, device=device, ready=torch.cuda.Event(), size_bytes=size)
+        self.out.wait_stream(self._main())
         with torch.cuda.stream(self.out):
-            host.copy_(device, non_blocking=True)
-        return _Moved(host=host, device=device, ready=self.out.record_event())
+            for piece, stretch in part.pairs():
+                piece.copy_(stretch, non_blocking=True)
+        part.ready.record(self.out)
+        return part
+
+    def _piece(self, size: int) -> Tensor:
+        pool = self._free.get(size)
+        return pool.pop() if pool else torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def _let_go(self, shipment: _Shipment) -> None:
         """Gives device memory back; the main stream waits for the copies, so that nobody writes there before."""
-        for part in shipment.parts.values():
-            torch.cuda.current_stream().wait_event(part.ready)
-            part.device = None
+        for part in shipment.values():
+            if part.device is not None:
+                self._main().wait_event(part.ready)
+                part.device = None
 
     def _fetch(self, number: int) -> None:
-        """Sees that block `number` is home and the one before it on its way; frees what the one behind has used."""
+        """Sees that block `number` is home and the one before it on its way; all others give their memory back first,
+        which is where these two come to lie.
+        """
+        for index, shipment in enumerate(self._sent):
+            if index not in (number, number - 1):
+                self._let_go(shipment)
         for wanted in (number, number - 1):
-            if wanted >= 0 and not self._sent[wanted].home:
+            if wanted >= 0:
                 self._bring_home(self._sent[wanted])
-        for shipment in self._sent[number + 1 :]:
-            for part in shipment.parts.values():
-                part.device = None
-                self._free.setdefault(part.host.numel(), []).append(part.host)
-            shipment.parts = {}
 
     def _bring_home(self, shipment: _Shipment) -> None:
-        shipment.home = True
-        for part in shipment.parts.values():
-            if part.device is not None:  # its copy was never let go: it is still here
+        for part in shipment.values():
+            if part.device is not None:  # it is here already, or was never let go
                 continue
-            part.device = torch.empty(part.host.numel(), dtype=torch.uint8, device=self.back.device)
-            self.back.wait_stream(torch.cuda.current_stream())  # whoever had this memory before is done with it
+            part.device = torch.empty(part.size_bytes, dtype=torch.uint8, device=self.device)
+            self.back.wait_stream(self._main())  # whoever had this memory before is done with it
             with torch.cuda.stream(self.back):
-                part.device.copy_(part.host, non_blocking=True)
+                for piece, stretch in part.pairs():
+                    stretch.copy_(piece, non_blocking=True)
             part.ready = self.back.record_event()
 
 

@@ -23,6 +23,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import chain
@@ -105,7 +106,8 @@ def encode_all(
     chunks = [records[start : start + CHUNK] for start in range(0, len(records), CHUNK)]
     workers = min(worker_count(data.workers, len(records)), len(chunks))
     encoded = _by_workers(chunks, encoder, workers) if workers else ([encoder.encode(r) for r in c] for c in chunks)
-    return list(chain.from_iterable(_with_bar(encoded, len(chunks)) if len(records) >= LEAST else encoded))
+    with closing(encoded):  # an interrupt may come outside of it, and leave it to be ended at the process's own end
+        return list(chain.from_iterable(_with_bar(encoded, len(chunks)) if len(records) >= LEAST else encoded))
 
 
 def worker_count(asked: int | str, records: int) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from lumen.data.batch import Batch, RowStream, batches, one_ahead
 from lumen.data.packing import Packed
+from lumen.memory import OF_A_PASS, memory_told
 from lumen.models.decoder import Decoder
 from lumen.objectives.base import Loss
 from lumen.ops.linear_loss import linear_cross_entropy
@@ -97,7 +98,8 @@ def mean_loss(model: Decoder, packed: Packed, batch_size: int) -> float:
     model.eval()
     total = count = 0.0
     for batch in batches(packed.rows, batch_size):
-        loss = sft_loss(model, batch.to(model.device))
+        with memory_told(f"an evaluation of {batch.extent}", OF_A_PASS):
+            loss = sft_loss(model, batch.to(model.device))
         total, count = total + loss.total.item(), count + loss.count.item()
     model.train(training)
     return total / count

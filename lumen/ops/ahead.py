@@ -11,6 +11,8 @@ as that of the launch itself, by the same code of Triton's, and a kernel that wa
 """
 
 import os
+import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,9 +23,11 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
+from lumen.errors import KernelError
 from lumen.ops._triton import INTERPRETED, triton
 
 WARP = 32
+LONGEST_S = 600  # a kernel takes seconds; what takes longer than this hangs, and nobody waits for it any more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,31 @@ def know_triton() -> str:
     return triton.runtime.cache.triton_key()
 
 
+def start_driver() -> None:
+    """Makes Triton able to launch on this GPU, for which it builds a library in C at the first time.
+
+    KernelError where that cannot be: without a C compiler, or with a cache that is empty and cannot be written.
+    """
+    try:
+        _ = triton.runtime.driver.active
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        raise KernelError(
+            f"Triton cannot launch kernels on this GPU: {error} It wants a C compiler (gcc, clang, or what CC names), "
+            f"Python's headers, and a folder that it may write to: {cache_folder()}, or what TRITON_CACHE_DIR names."
+        ) from error
+
+
+def leave_compiler_out() -> None:
+    """From here on, and for good, PyTorch's operations on the meta device do without its compiler.
+
+    They ask it only that it leave them alone, for which it would be imported: 1.5 s.
+    """
+    torch._dynamo = sys.modules["torch._dynamo"] = ModuleType("torch._dynamo")
+    torch._dynamo.disable = lambda function, *_, **__: function
+    torch._dynamo.decorators = SimpleNamespace(skip=lambda function: function)
+    torch._dynamo.config = SimpleNamespace(error_on_nested_fx_trace=False)  # which torch.utils.checkpoint reads
+
+
 def pretend(gpu: Gpu) -> None:
     """From here on, and for good, this process takes tensors of the meta device for tensors on `gpu`."""
     device = f"sm_{gpu.major}{gpu.minor}"  # Triton keeps what it has compiled by device
@@ -76,10 +105,7 @@ def pretend(gpu: Gpu) -> None:
     torch.cuda.get_device_capability = lambda device=None: (gpu.major, gpu.minor)
     torch.Tensor.is_cuda = True
     torch.mm = _product
-    # PyTorch's operations on the meta device ask its compiler, whose import takes 1.5 s, that it leave them alone
-    torch._dynamo = sys.modules["torch._dynamo"] = ModuleType("torch._dynamo")
-    torch._dynamo.disable = lambda function, *_, **__: function
-    torch._dynamo.decorators = SimpleNamespace(skip=lambda function: function)
+    leave_compiler_out()
     for name, module in list(sys.modules.items()):
         if name.startswith("lumen.ops.") and hasattr(module, "processors"):
             module.processors = lambda device: gpu.multi_processor_count
@@ -154,10 +180,11 @@ def _compile(kernel: "triton.JITFunction", arguments: tuple, options: dict) -> N
 
 
 def _fork(work: Callable[[], None]) -> int:
-    """The id of a child that does `work` and ends, with 1 where that failed."""
+    """The id of a child that does `work` and ends, with 1 where that failed; after LONGEST_S in any case."""
     child = os.fork()
     if child:
         return child
+    signal.alarm(LONGEST_S)
     code = 1
     try:
         work()

@@ -24,6 +24,8 @@ from lumen.ops._triton import INTERPRETED, dot, jit, memory, power_of_two, proce
 from lumen.ops.gated import ACTIVATIONS, _activation
 from lumen.ops.waist import HOPPER, MOST_WAIST, Tile, sum_parts
 
+MOST_SHARES = 2**30  # bytes of ∂waist's parts at a time: of 37,440 rows of 28,672 columns, for pairs of rank 16
+
 
 class Taken(NamedTuple):
     """The updates that gate and up lack: waist · uᵀ of each, for the kernels to add."""
@@ -344,6 +346,11 @@ def _parts(taken: Taken | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor, i
     return left, *(like if u is None else u for u in halves), *ranks
 
 
+def _lot(rows: int, columns: int) -> int:
+    """How many of `rows` have their parts of ∂waist, `columns` fp32 each, at a time: all, or a multiple of 64."""
+    return min(max(rows, 1), max(MOST_SHARES // max(4 * columns, 1) // 64, 1) * 64)
+
+
 def gated_waist_gradient(
     grad: Tensor, gate: Tensor, up: Tensor, kind: str, taken: Taken | None, pair: tuple[Tensor, Tensor] | None,
     out: tuple[Tensor, Tensor] | None = None,
@@ -356,7 +363,8 @@ def gated_waist_gradient(
     pair      of down: the gradient at its waist (N, R), and A (R, F), both with any row stride; None without one
     out       where ∂gate and ∂up go; gate and up themselves may be named
 
-    All in one dtype, each R ≤ MOST_WAIST. Extra memory: (R_gate + R_up) · 4 bytes for each row and block of columns.
+    All in one dtype, each R ≤ MOST_WAIST. Extra memory: (R_gate + R_up) · 4 bytes for each row and block of columns, at
+    most MOST_SHARES; more rows than that are taken one lot after the other.
     """
     rows, width = gate.shape
     waist, u_gate, u_up, *ranks = _parts(taken, grad)
@@ -366,17 +374,24 @@ def gated_waist_gradient(
     sizes = [_padded(rank) for rank in ranks]
     tile = _backward_tile(gate, sum(sizes))
     blocks = -(-width // tile.columns)
-    each = _share(rows, tile.rows, blocks, tile, gate.device)
-    parts = -(-rows // each)
-    products = gate.new_empty(parts, width * sum(ranks), dtype=torch.float32)
-    shares = gate.new_empty(blocks, rows, thin, dtype=torch.float32)
-    _gated_waist_backward_kernel[(blocks, parts)](
-        grad, gate, up, grad_gate, grad_up, waist, u_gate, u_up, grad_waist, a, products, shares,
-        gate.stride(0), up.stride(0), grad_gate.stride(0), grad_up.stride(0), a.stride(0), rows, width, each,
-        waist.stride(0), grad_waist.stride(0), kind, *ranks, *sizes, INTERPRETED,
-        tile.rows, tile.columns, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    if parts > 1:
+    most = _lot(rows, blocks * thin)
+    lots = [slice(at, min(at + most, rows)) for at in range(0, max(rows, 1), most)]
+    each = _share(most, tile.rows, blocks, tile, gate.device)
+    parts = max(-(-most // each), 1)
+    products = gate.new_empty(len(lots) * parts, width * sum(ranks), dtype=torch.float32)
+    shares = gate.new_empty(blocks * most * thin, dtype=torch.float32)
+    of_waist = None if taken is None else torch.zeros_like(waist)
+    for lot, product in zip(lots, products.split(parts), strict=True):
+        count = lot.stop - lot.start
+        _gated_waist_backward_kernel[(blocks, parts)](
+            grad[lot], gate[lot], up[lot], grad_gate[lot], grad_up[lot], waist[lot], u_gate, u_up, grad_waist[lot], a,
+            product, shares, gate.stride(0), up.stride(0), grad_gate.stride(0), grad_up.stride(0), a.stride(0),
+            count, width, each, waist.stride(0), grad_waist.stride(0), kind, *ranks, *sizes, INTERPRETED,
+            tile.rows, tile.columns, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        if taken is not None:
+            sum_parts(shares[: blocks * count * thin].view(blocks, count, thin), of_waist[lot], thin)
+    if len(products) > 1:
         products = sum_parts(products[:, :, None], products.new_empty(products.shape[1], 1), 1)
     product_gate, product_up, a_down = products.view(-1).split([width * rank for rank in ranks])
     return GatedGradients(
@@ -385,5 +400,5 @@ def gated_waist_gradient(
         product_gate=product_gate.view(width, -1) if ranks[0] else None,
         product_up=product_up.view(width, -1) if ranks[1] else None,
         a_down=a_down.view(-1, width) if ranks[2] else None,
-        waist=None if taken is None else sum_parts(shares, torch.zeros_like(waist), thin),
+        waist=of_waist,
     )

@@ -266,6 +266,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 torch.mm(gradient, head, out=grad_x[part])
             if grad_weight is not None:
                 grad_weight += _product(gradient.T, x[part])
+            del logits, gradient  # before the next chunk's logits are made
         return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 

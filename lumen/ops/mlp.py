@@ -1,7 +1,9 @@
 """The gated MLP of a block, x + down(f(gate(n)) · up(n)) with n = norm(x), as two groups of `ops/project.py`.
 
-Between the two lie the widest tensors of a model, gate and up (N, F). The updates of their low-rank pairs are left out
-of them, and added by the kernels that read them anyway (`ops/gated_waist.py`), forward and backward.
+Between the two lie the widest tensors of a model, gate and up (N, F). The first group may `leave` the updates of their
+low-rank pairs out of them; they are `left` to the second, whose kernels add them to what they read anyway, forward and
+backward (`ops/gated_waist.py`): no pair has a pass of its own over gate, up, h or their gradients. Where a group cannot
+do that, as with dropout, gate and up hold their updates as the outputs of any layer do.
 """
 
 from collections.abc import Sequence
@@ -33,8 +35,10 @@ def mlp(
     add     the first of the results has x added
     dead    as in `project`, of the output of `down`
     """
-    takes = down.a is None or (len(down.a) <= MOST_WAIST and not down.dropout)
-    leave = takes and not (isinstance(down.weight, Tensor) and down.weight.requires_grad)
+    learns = isinstance(down.weight, Tensor) and down.weight.requires_grad
+    kernels = down.fp8 is None or down.magnitude is None  # else `project` runs the reference, which adds nothing left
+    takes = down.a is None or (len(down.a) <= MOST_WAIST and not down.dropout and kernels)
+    leave = takes and not learns
     normed = {} if norm is None else {"norm": norm, "eps": eps, "plus_one": plus_one}
     found = project(inward, x, **normed, leave=leave)
     gate, up, x = found[0], found[1], x if norm is None else found[2]

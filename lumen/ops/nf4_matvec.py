@@ -110,6 +110,7 @@ def few_inputs(
     """
     assert len(a) <= MOST_LAYERS and x.shape[1] % BLOCK == 0, "layers of one block share an input"
     rows, inputs = x.shape
+    x, up = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x, up))
     a = [*a, *[None] * (MOST_LAYERS - len(a))]
     ranks = [0 if pair is None else len(pair) for pair in a]
     planes, waist = x.new_empty(rows, 8, inputs // 8), x.new_empty(rows, sum(ranks), dtype=torch.float32)
@@ -283,7 +284,7 @@ def nf4_products(
     planes, waist  the input of `few_inputs`, N ≤ MOST_VECTORS, and A x of those layers that have a pair
     b              (out, R) fp32, None where a layer has no pair
     bias           (out,), None where a layer has none
-    residual       (N, out) contiguous, with a single layer
+    residual       (N, out), with a single layer
 
     The outputs are parts of one tensor (N, Σ out), in order. Runs on a GPU, or in the interpreter.
     """
@@ -300,6 +301,7 @@ def nf4_products(
             part.copy_(nf4_products(planes, own, [weight], [b_], [scale], [bias_])[0])
             column += rank
         return found
+    residual = None if residual is None else residual.contiguous()  # the kernel reads it with the strides of y
     inputs, missing = 8 * planes.shape[2], MOST_LAYERS - len(weights)
     ranks = [0 if pair is None else pair.shape[1] for pair in b] + [0] * missing
     tensors = [_kernel_tensors(weight) for weight in weights] + [_kernel_tensors(weights[0])] * missing
@@ -322,7 +324,7 @@ def nf4_products(
 def nf4_matvec(x: Tensor, nf4: NF4, start: Tensor | None = None) -> Tensor:
     """start + x @ W.T for a few rows, read from the packed weight: x (N, in) -> (N, out) in x's dtype; no gradient.
 
-    N ≤ MOST_VECTORS and `in` a multiple of 64; runs on a GPU, or in the interpreter. `start` (N, out) is contiguous.
+    N ≤ MOST_VECTORS and `in` a multiple of 64; runs on a GPU, or in the interpreter.
     """
     planes, waist = few_inputs(x, [None])
     return nf4_products(planes, waist, [nf4], [None], [1.0], [None], start)[0]

@@ -13,6 +13,11 @@ anyway, so the backward pass makes it again from there instead of keeping it:
     norm(x)      x, 1/rms (N,)              a read and a write
     f(g) · u     gate, up                   together with their gradients
 
+Where nothing is dropped and no W learns, the skinny products with A and B are made on the way past what they read: ∂xa
+and ∂B in one pass over ∂y, ∂A in one over x, normed on the way (`ops/waist.py`); those of a gated input in the passes
+that make it and its gradients (`ops/gated_waist.py`). A group told to `leave` its update keeps it out of its outputs,
+and the group that reads these, told what is `left`, adds it there, and finds its gradients (`ops/mlp.py`).
+
 Dropout before A, and DoRA, are part of the same products: `ops/pairs.py` says how.
 
 A frozen weight in NF4 is unpacked for the product into a buffer that all layers share; one that comes in 8 bits too is
@@ -148,7 +153,9 @@ def _joined(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 class _Project(torch.autograd.Function):
-    """Saves what its input is made from, x Aᵀ (N, ΣR), seeds, what learned lengths want, references to parameters."""
+    """Saves what its input is made from and what was left out of that, x Aᵀ (N, ΣR), seeds, what learned lengths want,
+    and references to parameters.
+    """
 
     @staticmethod
     def forward(
@@ -203,19 +210,22 @@ class _Project(torch.autograd.Function):
             grad_waist = grads[-1]
         elif plan.waist:
             grad_waist, of_b = outward_gradients(plan, scaled, stacked.u, waist)
+        # by the kernel that reads ∂h, gate and up ∂xa A is added, and ∂A made
+        passing = need_input and plan.source == "gated" and plan.fused
         if need_input:
-            added = plan.source == "gated" and plan.fused  # ∂xa A, by the kernel that reads the rest
-            of_inputs = grad_inputs(plan, grad, scaled, None if added else grad_waist, stacked, ratio, seeds)
+            of_inputs = grad_inputs(plan, grad, scaled, None if passing else grad_waist, stacked, ratio, seeds)
         grad_x, grad_second, grad_norm, inputs = of_inputs, None, None, x
         want_inputs = any(need_dense) or (bool(plan.waist) and not plan.fused)
         if plan.source == "norm":
             if need_input:
-                passed = grads[layers]
+                passed = grads[layers].contiguous()
                 grad_x, grad_norm, inputs = norm_backward(
                     of_inputs, x, norm, root, plan.plus_one, needs[3], passed, want_inputs
                 )
             elif want_inputs:
                 inputs = norm_forward(x, norm, plan.eps, plan.plus_one)[0]
+        elif plan.source == "gated" and not need_input:  # gate and up are frozen, and all that they are made from
+            inputs = gated_forward(x, second, plan.kind)
         elif plan.source == "gated":
             # the gradients take the place of gate and up, which nobody else reads: there is no second backward pass
             ctx.spent = True
@@ -227,8 +237,8 @@ class _Project(torch.autograd.Function):
                 of_a, of_left_b = of_ranks(plan, found.a_down), _of_taken(plan, found)
             else:
                 grad_x, grad_second, inputs = gated_gradient(of_inputs, x, second, plan.kind, (x, second), want_inputs)
-        if plan.waist and (plan.source != "gated" or not plan.fused):
-            of_a = grad_a(plan, grad_waist, x if plan.fused else inputs, seeds, norm, root)
+        if plan.waist and not passing:
+            of_a = grad_a(plan, grad_waist, x if plan.source == "norm" and plan.fused else inputs, seeds, norm, root)
         of_dense = grad_dense(plan, grad, scaled, inputs, dense, need_dense, ratio, seeds)
         of_bias = [
             piece.sum(0, dtype=torch.float32).to(t.dtype) if need else None
@@ -352,19 +362,10 @@ def _product(layer: Projection, x: Tensor) -> Tensor:
 
 @uncompiled
 def project(
-    layers: Sequence[Projection],
-    x: Tensor,
-    *,
-    up: Tensor | None = None,
-    kind: str = "",
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    plus_one: bool = False,
-    residual: Tensor | None = None,
-    dead: bool = False,
-    leave: bool = False,
-    left: Left | None = None,
-) -> tuple[Tensor, ...]:
+    layers: Sequence[Projection], x: Tensor, *, up: Tensor | None = None, kind: str = "", norm: Tensor | None = None,
+    eps: float = 0.0, plus_one: bool = False, residual: Tensor | None = None, dead: bool = False,
+    leave: bool = False, left: Left | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The outputs (…, out) of layers that read the same input: x (…, in), or norm(x), or f(x) · up.
 
     up, kind             the input is the gated activation `kind` of x and `up`, both (…, in)
@@ -374,10 +375,12 @@ def project(
     dead                 nobody reads the outputs, which need not be computed: a recomputation for the backward pass
     leave                the update may be left out of the outputs, for who reads them to add: a `Left`, or None if it
                          is in them, stands behind all else that is returned
-    left                 with `up`: what was left out of x and `up`
+    left                 with `up`: what was left out of x and `up`; layers that drop inputs, whose W learns or whose
+                         ranks are above MOST_WAIST cannot add it
     """
     options = {"up": up, "kind": kind, "norm": norm, "eps": eps, "plus_one": plus_one, "residual": residual}
-    if choice("project", _available(layers, x)) == "reference":
+    if choice("project", _available(layers, x)) == "reference" or x.numel() == 0:
+        assert left is None, "the reference adds no update that was left out"
         return project_reference(layers, x, **options) + (None,) * leave
     plan = Plan(
         source="gated" if up is not None else "norm" if norm is not None else "plain",
@@ -397,7 +400,8 @@ def project(
         taken=() if left is None else left.scales,
     )
     plan = replace(plan, leaves=leave and plan.fused and not plan.turns)
-    rows = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, up, residual)]
+    assert left is None or plan.fused or not (plan.waist or plan.learns), "these layers cannot add what was left out"
+    rows = [_rows(x), _rows(up), None if residual is None else _rows(residual.contiguous())]
     few = len(rows[0]) <= MOST_VECTORS and not x.shape[-1] % BLOCK and all(nf4 is not None for nf4 in plan.nf4)
     if few and not torch.is_grad_enabled() and not plan.thins and not plan.turns and left is None:
         found = _few(plan, layers, rows[0], rows[1], norm, rows[2])
@@ -408,19 +412,18 @@ def project(
         *(layer.bias for layer in layers), *(layer.a for layer in layers), *(layer.b for layer in layers),
         *(layer.magnitude for layer in layers), *(() if left is None else left.b),
     )  # fmt: skip
-    found = tuple(y.view(*x.shape[:-1], -1) for y in found)
-    if not leave:
-        return found
-    return *found, Left(waist, tuple(layer.b for layer in layers), plan.scales) if plan.leaves else None
+    left = Left(waist, tuple(layer.b for layer in layers), plan.scales) if plan.leaves else None
+    return tuple(y.view(*x.shape[:-1], -1) for y in found) + (left,) * leave
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """(…, in) as (N, in), with the numbers of a row side by side."""
+    rows = None if x is None else x.reshape(-1, x.shape[-1])
+    return rows if rows is None or rows.stride(1) == 1 else rows.contiguous()
 
 
 def _few(
-    plan: Plan,
-    layers: Sequence[Projection],
-    x: Tensor,
-    up: Tensor | None,
-    norm: Tensor | None,
-    residual: Tensor | None,
+    plan: Plan, layers: Sequence[Projection], x: Tensor, up: Tensor | None, norm: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Outputs for so few rows that the packed weights are read as they lie; the update stays in fp32."""
     source = {"up": up, "kind": plan.kind, "norm": norm, "eps": plan.eps, "plus_one": plan.plus_one}

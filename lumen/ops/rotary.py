@@ -51,7 +51,9 @@ def rotary_angles(positions: Tensor, frequencies: Tensor, parts: Tensor | None =
 
     positions    (B, T), or with `parts` (3, B, T)
     frequencies  fp32, (W/2,), or (B, T, W/2) where tokens differ in them
-    parts        (W/2,) of `rotary_parts`: each pair turns by its own part of a position
+    parts        (W/2,) of `rotary_parts`, on the device of `positions`: each pair turns by its own part of a position
+
+    Raises KernelError where the shape of `positions` is another.
     """
     wanted = 2 if parts is None else 3
     if positions.ndim != wanted or (parts is not None and len(positions) != 3):

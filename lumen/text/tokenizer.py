@@ -161,7 +161,8 @@ class Tokenizer:
             ids["eos_token_id"] = list(dict.fromkeys([ids["eos_token_id"], *self.stop_ids]))
         generation = read_json_object(Path(GENERATION), files.get(GENERATION, b"{}")) | ids
         files[GENERATION] = (json.dumps(generation, indent=2) + "\n").encode()
-        if len(names) == 1 and pad_id in self.special_ids:  # the usual case: all else stays, so nothing is read again
+        if len(names) == 1 and pad_id is not None and self.tokens[pad_id].kind is TokenKind.CONTROL:
+            # the usual case: a token that is cut out of texts already, so nothing is read again; the unknown may not be
             return dataclasses.replace(self, pad_id=pad_id, files=files)
         return tokenizer_of(files)
 

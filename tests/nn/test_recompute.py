@@ -1,8 +1,23 @@
-"""What blocks keep: which choice fits how much memory."""
+"""What blocks keep: which choice fits how much memory, and what is moved to the host and comes back."""
+
+import weakref
+from contextlib import nullcontext
 
 import pytest
+import torch
 
-from lumen.nn.recompute import KEEP_ALL, Keeping, bytes_per_token, choose_keeping
+from lumen.errors import KernelError
+from lumen.nn.recompute import (
+    KEEP_ALL,
+    LEAST_MOVED,
+    MOST_IN_PIECE,
+    Keeping,
+    Mover,
+    bytes_per_token,
+    choose_keeping,
+    piece_sizes,
+    recomputed,
+)
 from lumen.spec import Family
 
 LLAMA_8B = {
@@ -63,3 +78,120 @@ def test_the_choice_fits_the_room(share, may_move):
     chosen = choose_keeping(SPEC, TOKENS, room, may_move=may_move)
     assert len(chosen) == 32 and on_device(chosen) <= room
     assert list(chosen) == sorted(chosen, key=lambda keeping: keeping == KEEP_ALL)  # the last blocks keep all
+
+
+# --- moving -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [LEAST_MOVED, LEAST_MOVED + 1, 3 * LEAST_MOVED - 1, MOST_IN_PIECE - 1, MOST_IN_PIECE,
+                                  350_000 * 4096 * 2])  # fmt: skip
+def test_pinned_memory_is_taken_in_powers_of_two_and_none_is_wasted(size):
+    pieces = piece_sizes(size)
+    assert size <= sum(pieces) < size + LEAST_MOVED
+    assert all(piece & piece - 1 == 0 and LEAST_MOVED <= piece <= MOST_IN_PIECE for piece in pieces)
+    assert sum(pieces[:-1]) < size  # only the last is not full
+
+
+class Stream:
+    """Does at once what it is asked, and notes the copies that it has waited for."""
+
+    def __init__(self, device=None):
+        self.waited = set()
+
+    def wait_stream(self, other):
+        pass
+
+    def wait_event(self, event):
+        self.waited.add(event)
+
+    def record_event(self):
+        return Event()
+
+
+class Event:
+    def record(self, stream):
+        pass
+
+
+@pytest.fixture
+def mover(monkeypatch):
+    """One for the CPU; `held` is how many blocks had memory on the device whenever more was taken."""
+    main, empty = Stream(), torch.empty
+
+    def noted(*shape, pin_memory=False, **options):
+        if options.get("dtype") == torch.uint8 and shape != (0,):
+            (found.pinned if pin_memory else found.held).append(shape[0] if pin_memory else 1 + held(found))
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch, "empty", noted)
+    found = Mover(torch.device("cpu"))
+    found.main, found.held, found.pinned = main, [], []
+    return found
+
+
+def held(mover):
+    return sum(any(part.device is not None for part in shipment.values()) for shipment in mover._sent)
+
+
+def passed(mover, width=600_001, blocks=5):
+    """The output of some blocks that keep their inputs, moved; what they learn; how many are held while each runs."""
+    source = torch.Generator().manual_seed(0)
+    weights = [torch.randn(width, generator=source).requires_grad_() for _ in range(blocks)]
+    x, running = weights[0] * 1, []
+
+    def block(x, weight):
+        running.append(held(mover) if mover else 0)
+        return (x * weight).sin()
+
+    if mover:
+        mover.start()
+    for weight in weights:
+        with mover.block() if mover else nullcontext():
+            x = recomputed(block, x, weight)
+    return x.sum(), weights, running
+
+
+def test_what_was_moved_comes_back_and_gives_the_same_gradients_again_and_again(mover):
+    total, weights, _ = passed(None)
+    wanted = torch.autograd.grad(total, weights)
+    for _ in range(2):
+        total, weights, _ = passed(mover)
+        for again in (True, False):
+            found = torch.autograd.grad(total, weights, retain_graph=again)
+            assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert mover.pinned == 5 * piece_sizes(4 * 600_001)  # once, for both passes
+
+
+def test_no_more_than_two_blocks_are_on_the_device_while_others_go_or_come(mover):
+    total, _, running = passed(mover)
+    total.backward()
+    assert max(running) == 2 and len(running) == 10
+    assert max(mover.held) == 2
+
+
+def test_device_memory_is_let_go_behind_its_copies_by_an_abandoned_pass_too(mover):
+    total, _, _ = passed(mover)
+    parts = [part for shipment in mover._sent for part in shipment.values()]
+    storages = [weakref.ref(part.device) for part in parts if part.device is not None]
+    copies = {part.ready for part in parts}
+    assert len(storages) == 2 and len(copies) == 5
+    del total, parts
+    mover.start()
+    assert copies <= mover.main.waited and not any(storage() is not None for storage in storages)
+
+
+def test_rows_of_another_length_use_the_same_pinned_memory(mover):
+    for width in (MOST_IN_PIECE // 2, MOST_IN_PIECE // 4, 3 * MOST_IN_PIECE // 8):  # fp32: 2, 1 and 1.5 pieces
+        passed(mover, width, 2)[0].backward()
+    assert sum(mover.pinned) == 2 * 2 * MOST_IN_PIECE + 2 * MOST_IN_PIECE // 2
+
+
+def test_a_backward_pass_that_comes_too_late_is_refused(mover):
+    total, _, _ = passed(mover)
+    passed(mover)
+    with pytest.raises(KernelError, match=r"what block 4 moved .* another forward pass has begun"):
+        total.backward()

@@ -68,6 +68,19 @@ def test_the_first_error_is_told_as_one_process_tells_it(tokenizer, monkeypatch)
     assert "lumen.objectives.encoding" not in children()
 
 
+def test_workers_end_with_an_interrupt_that_comes_while_their_examples_are_counted(tokenizer, monkeypatch):
+    def interrupted(encoded, _):
+        next(iter(encoded))
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(encoding, "LEAST", 1)
+    monkeypatch.setattr(encoding, "_with_bar", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        encode_all(RECORDS * 30, Data(workers=2), tokenizer, chat_template(tokenizer))
+    assert caught.value.__traceback__ and "lumen.objectives.encoding" not in children()
+
+
 def test_what_json_cannot_hold_is_refused_as_by_one_process(tokenizer):
     with pytest.raises(DataError, match="holds what JSON cannot"):
         encode_all([conversation(1, when=datetime.now())], Data(workers=1), tokenizer, chat_template(tokenizer))

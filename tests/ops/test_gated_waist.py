@@ -158,6 +158,30 @@ def test_however_the_work_is_shared_the_sums_are_whole(monkeypatch, each, sums):
     assert len(added) == sums  # that of the waist's gradient is there in any case
 
 
+@needs_triton
+@pytest.mark.parametrize("rows", [2 * 64, 3 * 64 + 9])
+def test_rows_that_are_taken_in_lots_have_the_same_gradients(monkeypatch, rows):
+    """As many rows as a few hundred thousand tokens have would hold parts of the waist's gradient like another ∂h."""
+    monkeypatch.setattr(gated_waist, "MOST_SHARES", 1)
+    held, add = [], gated_waist.sum_parts
+    monkeypatch.setattr(gated_waist, "sum_parts", lambda *shares: held.append(shares[0].shape) or add(*shares))
+    arguments = gradient_inputs(rows, 70, (4, 3, 5))
+    wanted = gated_waist_gradient_reference(**arguments)
+    found = gated_waist_gradient(**arguments, out=(arguments["gate"], arguments["up"]))
+    assert_equal_gradients(found, wanted, TOLERANCE[torch.float32])
+    assert [size[1] for size in held if size[2] == 7] == [64] * (rows // 64) + [rows % 64] * (rows % 64 > 0)
+
+
+@needs_triton
+def test_no_rows_give_products_of_zeros():
+    found = gated_waist_gradient(**gradient_inputs(0, 70, (8, 3, 5)))
+    assert found.gate.shape == found.up.shape == (0, 70) and found.waist.shape == (0, 16)
+    for product, size in ((found.product_gate, (70, 8)), (found.product_up, (70, 3)), (found.a_down, (5, 70))):
+        assert torch.equal(product, torch.zeros(size))
+    h, waist = gated_waist_forward(*gate_and_up(0, 70), "silu", numbers(5, 70, seed=6))
+    assert h.shape == (0, 70) and waist.shape == (0, 5)
+
+
 def test_a_rank_without_a_kernel_is_refused():
     gate, up = gate_and_up(2, 8)
     with pytest.raises(AssertionError, match="rank 65"):

@@ -49,9 +49,12 @@ def test_values_and_gradients_match_the_reference(ranks, add):
     assert_kernel_equals_reference(function, [x, *leaves], 4e-6)  # three products deep
 
 
-@pytest.mark.parametrize("which", ["dropout", "length of the rows", "bias", "dense", "learned"])
+@pytest.mark.parametrize("which", ["dropout", "length of the rows", "length of down's", "bias", "dense", "learned"])
 def test_layers_of_every_kind_match_the_reference(which):
     inward, down, leaves = block((4, 4, 4), 0.5 if which == "dropout" else 0.0)
+    if which == "length of down's":  # the others leave their updates to it
+        down = replace(down, magnitude=random(D, seed=7))
+        leaves.append(down.magnitude)
     if which == "length of the rows":
         down, inward[1] = (replace(part, magnitude=random(part.outputs, seed=7)) for part in (down, inward[1]))
         leaves += [down.magnitude, inward[1].magnitude]
@@ -74,6 +77,40 @@ def test_products_in_8_bits_match_the_reference():
     function = partial(run, inward, replace(down, fp8=eight[2]), leaves[0], x, add=True)
     # what is rounded to 8 bits differs by the order of the sums before it: some numbers fall on the other side
     assert_kernel_equals_reference(function, [x, *leaves], 2e-2)
+
+
+def test_what_the_reference_alone_can_serve_is_left_nothing(monkeypatch):
+    """Learned lengths beside products in 8 bits: down goes to the reference on its own, gate and up do not."""
+    monkeypatch.setattr(sys.modules["lumen.ops.project"], "implementations", lambda x: {"triton": "", "reference": ""})
+    inward, down, leaves = block((4, 4, 4))
+    eight = fp8_weights([random(D, F, seed=9, learns=False)])[0]
+    down = replace(down, fp8=eight, magnitude=random(D, seed=7))
+    x = random(N, D, seed=5)
+    found = run(inward, down, leaves[0], x, add=True)[0]
+    with ops.use("reference"):
+        wanted = run(inward, down, leaves[0], x, add=True)[0]
+    assert relative_error(found, wanted) <= 4e-6
+
+
+@pytest.mark.parametrize("which", ["fused", "dropout", "learned"])
+def test_down_may_learn_behind_what_is_frozen(which):
+    """As in a model's first block, where nothing before it has a gradient."""
+    inward, down, leaves = block((0, 0, 4), 0.5 if which == "dropout" else 0.0)
+    norm, *leaves = leaves
+    if which == "learned":
+        down = replace(down, weight=random(D, F, seed=9))
+        leaves.append(down.weight)
+    x = random(N, D, seed=5, learns=False)
+    assert_kernel_equals_reference(lambda: run(inward, down, norm.detach(), x, add=True)[0], leaves, 4e-6)
+
+
+def test_no_rows_have_gradients_of_zeros():
+    inward, down, leaves = block((4, 4, 4))
+    x = random(0, D, seed=5)
+    with ops.use("triton"):
+        y = run(inward, down, leaves[0], x, add=True)[0]
+        found = torch.autograd.grad(y.sum(), [x, *leaves])
+    assert y.shape == x.shape and not any(part.any() for part in found)
 
 
 def test_updates_are_left_to_the_kernels_between(monkeypatch):

@@ -95,6 +95,18 @@ def test_layers_that_are_stored_differently_share_an_input_all_the_same():
 
 
 @needs_triton
+def test_what_lies_apart_in_memory_is_read_as_what_it_is():
+    """Inputs whose columns are not neighbours, a residual that is a part of a wider tensor."""
+    weight = quantize_nf4(random(19, 128, learns=False))
+    x, up = (random(128, 3, seed=seed, learns=False).T for seed in (1, 2))
+    residual = random(3, 40, learns=False)[:, 5:24]
+    planes, _ = few_inputs(x, [None], up=up, kind="silu")
+    assert relative_error(planes, few_inputs_reference(x, [None], up=up, kind="silu")[0]) <= 2e-6
+    wanted = x @ dequantize_nf4(weight, torch.float32).T + residual
+    assert relative_error(nf4_matvec(x, weight, residual), wanted) <= 2e-6
+
+
+@needs_triton
 def test_bf16_is_rounded_once():
     """The interpreter cuts a result off to bf16 where a GPU rounds: at most 2⁻⁷ of it, on average half of that."""
     weight, (a, b) = quantize_nf4(random(40, 320, learns=False)), pairs(320, [40], (4,))

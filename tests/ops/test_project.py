@@ -16,7 +16,7 @@ from lumen.ops.dropout import draw_seeds, kept
 from lumen.ops.fp8 import fp8_weights
 from lumen.ops.nf4 import dequantize_nf4, quantize_nf4
 from lumen.ops.nf4_matvec import nf4_matvec
-from lumen.ops.project import Projection, project, project_reference
+from lumen.ops.project import Left, Projection, project, project_reference
 
 pytestmark = needs_triton
 WIDTH = 64
@@ -192,6 +192,37 @@ def test_few_rows_have_learned_lengths_too(source):
         found = project(made, x, **options)
     for one, other in zip(found, project_reference(made, x, **options), strict=True):
         assert relative_error(one, other) <= 2e-6
+
+
+@pytest.mark.parametrize("view", ["turned", "one number"])
+def test_inputs_and_gradients_of_any_strides_match_the_reference(view):
+    """A sum's gradient is one number for all; what is turned has its rows' numbers apart."""
+    made, _ = layers("nf4", True, False, (32, 16, 16))
+    x, norm = random(*((WIDTH, 9) if view == "turned" else (9, 1))), random(WIDTH)
+    found = []
+    for implementation in ("triton", "reference"):
+        with ops.use(implementation):
+            y = project(made, x.T if view == "turned" else x.expand(9, WIDTH), norm=norm, eps=1e-5)
+            found.append([*y, *torch.autograd.grad(sum(part.sum() for part in y), [x, norm])])
+    for index, (one, other) in enumerate(zip(*found, strict=True)):
+        assert relative_error(one, other) <= 2e-6, index
+
+
+def test_a_residual_may_be_a_part_of_a_wider_tensor():
+    made, _ = layers("nf4", True, False, (48,))
+    x, residual = random(9, WIDTH), random(9, 80, learns=False)[:, :48]
+    with ops.use("triton"):
+        found = project(made, x, residual=residual)[0]
+    assert relative_error(found, project_reference(made, x, residual=residual)[0]) <= 2e-6
+
+
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_what_is_left_to_layers_that_cannot_add_it_is_refused(implementation):
+    made, _ = layers("nf4", True, False, (32,), 0.5)
+    gate, up = random(3, WIDTH), random(3, WIDTH, seed=1)
+    left = Left(random(3, 8), (random(WIDTH, 4), random(WIDTH, 4)), (1.0, 1.0))
+    with ops.use(implementation), pytest.raises(AssertionError, match="left out"):
+        project(made, gate, up=up, kind="silu", left=left)
 
 
 def test_an_activation_serves_one_backward_pass():

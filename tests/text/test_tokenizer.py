@@ -294,6 +294,15 @@ def test_another_padding_token_is_what_reading_the_saved_files_gives(tmp_path, p
     assert given.encode("a<|eos|>b") == read.encode("a<|eos|>b")
 
 
+def test_an_unknown_token_that_pads_is_cut_out_of_texts_as_when_the_saved_files_are_read(tmp_path):
+    document = byte_level()
+    document["model"]["vocab"]["<unk>"] = 256  # of the model alone, not among the added tokens
+    document["model"]["unk_token"] = "<unk>"
+    given = load_tokenizer(write(tmp_path / "own", document, {})).with_roles(pad_token="<unk>")
+    assert given.encode("a<unk>b") == tokenizer_of(given.files).encode("a<unk>b")
+    assert len(given.encode("a<unk>b")) == 3
+
+
 def test_a_sound_vocabulary_at_once_is_that_of_its_tokens_one_by_one():
     ids = {"a": 2, "b": 0, "<|x|>": 5}
     once, singly = Vocabulary(Path("t")), Vocabulary(Path("t"))

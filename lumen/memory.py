@@ -1,0 +1,63 @@
+"""What a person is told where a GPU's memory does not suffice: what was done, what is held, and what takes less."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from lumen.errors import LumenError
+
+GIB = 2**30
+MUCH = 0.1  # of what PyTorch has reserved: when so much of it is unused, the pieces are the trouble and not the sum
+
+OF_A_PASS = (
+    "Less is taken with a smaller train.batch_size and a larger train.accumulate, a smaller data.max_length, "
+    'train.keep="input", a smaller train.memory_gib, or train.graph=false. `python -m lumen.plan RUN` tells what fits.'
+)
+OF_WEIGHTS = (
+    'Less is taken with model.nf4=true, train.method="lora", a smaller lora.rank, train.optimizer_bits=8 or '
+    "train.optimizer_paged=true. `python -m lumen.plan RUN` tells what fits, and nvidia-smi who else uses the GPU."
+)
+
+
+class OutOfMemory(LumenError, torch.OutOfMemoryError):
+    """The GPU's memory does not suffice. Who expects PyTorch's own error catches this one as well."""
+
+
+@contextmanager
+def memory_told(doing: str, advice: str) -> Iterator[None]:
+    """A `torch.OutOfMemoryError` inside becomes an `OutOfMemory`, once; also a decorator.
+
+    doing   what wants the memory, as "a pass over 4 rows x 2,048 tokens"
+    advice  OF_A_PASS or OF_WEIGHTS
+    """
+    try:
+        yield
+    except OutOfMemory:  # who stood nearer has told more
+        raise
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(_told(doing, advice, str(error))) from error
+
+
+def _told(doing: str, advice: str, said: str) -> str:
+    """The message, where PyTorch has `said` its own. What the failed work holds is still held: its frames live."""
+    asked = re.search(r"Tried to allocate ([\d.]+ \w+)", said)
+    tensors, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    unused = reserved - tensors
+    words = [
+        f"The GPU's memory does not suffice for {doing}{f': {asked[1]} more were wanted' if asked else ''}. Tensors "
+        f"hold {tensors / GIB:.2f} GiB, and {unused / GIB:.2f} GiB lie reserved and unused between them{_device()}.",
+        advice,
+    ]
+    if unused > MUCH * reserved and "expandable_segments:True" not in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+        words.append("Much is unused: a start with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True may do by itself.")
+    return " ".join(words)
+
+
+def _device() -> str:
+    if not torch.cuda.is_initialized():
+        return ""
+    free, whole = torch.cuda.mem_get_info()
+    return f"; of the device's {whole / GIB:.2f} GiB {free / GIB:.2f} are free"

@@ -1,0 +1,88 @@
+"""A GPU whose memory does not suffice, played on a CPU by a loss that raises PyTorch's own error."""
+
+import pytest
+import torch
+from tiny_models import llama
+
+from lumen.capture import Passes
+from lumen.checkpoint import load_model
+from lumen.data.batch import stack
+from lumen.data.packing import pack
+from lumen.errors import LumenError
+from lumen.memory import GIB, OF_WEIGHTS, memory_told
+from lumen.objectives import sft
+from lumen.optim import AdamW
+from lumen.text.conversation import Encoded
+
+SAID = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which …"
+PACKED = pack([Encoded([2] * 9, [True] * 9, "a:1"), Encoded([3] * 7, [True] * 7, "a:2")], 9)
+
+
+def exceeding(*_, **__):
+    raise torch.OutOfMemoryError(SAID)
+
+
+def holding(monkeypatch, tensors: float, reserved: float):
+    """As if PyTorch held and had reserved so many GiB of a GPU."""
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: int(tensors * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: int(reserved * GIB))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (GIB // 2, 80 * GIB))
+
+
+def run_out(tmp_path) -> str:
+    llama(tmp_path)
+    passes = Passes(load_model(tmp_path), exceeding, capture=False)
+    with pytest.raises(LumenError) as caught:
+        passes.run(stack(PACKED.rows))
+    assert isinstance(caught.value, torch.OutOfMemoryError)  # for who tries whether something fits
+    assert str(caught.value.__cause__) == SAID
+    return str(caught.value)
+
+
+def test_a_pass_that_does_not_fit_says_which_what_is_held_and_what_takes_less(tmp_path, monkeypatch):
+    holding(monkeypatch, tensors=70, reserved=78.25)
+    message = run_out(tmp_path)
+    assert "a pass over 2 rows x 9 tokens: 2.50 GiB more were wanted" in message
+    assert "hold 70.00 GiB, and 8.25 GiB lie reserved and unused" in message
+    assert "of the device's 80.00 GiB 0.50 are free" in message
+    for key in ("batch_size", "accumulate", 'keep="input"', "memory_gib"):
+        assert f"train.{key}" in message
+    assert "data.max_length" in message and "python -m lumen.plan RUN" in message
+    assert message.endswith("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True may do by itself.")
+
+
+@pytest.mark.parametrize(("reserved", "set_to"), [(71, ""), (78.25, "expandable_segments:True")])
+def test_pieces_that_grow_are_advised_only_where_much_is_unused_and_they_do_not(
+    tmp_path, monkeypatch, reserved, set_to
+):
+    holding(monkeypatch, tensors=70, reserved=reserved)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", set_to)
+    assert "expandable_segments" not in run_out(tmp_path)
+
+
+def test_an_evaluation_that_does_not_fit_says_so(tmp_path, monkeypatch):
+    llama(tmp_path)
+    monkeypatch.setattr(sft, "linear_cross_entropy", exceeding)
+    with pytest.raises(LumenError, match="an evaluation of 1 row x 9 tokens"):
+        sft.mean_loss(load_model(tmp_path), PACKED, 1)
+
+
+def test_an_update_that_does_not_fit_says_so(monkeypatch):
+    layer = torch.nn.Linear(3, 3)
+    layer.weight.grad = torch.ones(3, 3)
+    optimizer = AdamW(layer.named_parameters(), beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0)
+    monkeypatch.setattr("lumen.optim.adamw", exceeding)
+    with pytest.raises(LumenError, match=r"an update by AdamW.*train\.optimizer_paged"):
+        optimizer.step(1e-3)
+
+
+def test_who_stands_nearest_tells_it_and_other_errors_pass():
+    with (
+        pytest.raises(LumenError, match=r"for inside: "),
+        memory_told("outside", ""),
+        memory_told("inside", OF_WEIGHTS),
+    ):
+        exceeding()
+    with pytest.raises(RuntimeError, match=r"^another$"), memory_told("inside", OF_WEIGHTS):
+        raise RuntimeError("another")
