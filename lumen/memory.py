@@ -1,15 +1,20 @@
-"""What a person is told where a GPU's memory does not suffice: what was done, what is held, and what takes less."""
+"""What memory the host has to give; and what a person is told where a GPU's does not suffice: what was done, what is
+held, and what takes less.
+"""
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from lumen.errors import LumenError
 
 GIB = 2**30
+MEMINFO, CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 MUCH = 0.1  # of what PyTorch has reserved: when so much of it is unused, the pieces are the trouble and not the sum
 
 OF_A_PASS = (
@@ -20,6 +25,26 @@ OF_WEIGHTS = (
     'Less is taken with model.nf4=true, train.method="lora", a smaller lora.rank, train.optimizer_bits=8 or '
     "train.optimizer_paged=true. `python -m lumen.plan RUN` tells what fits, and nvidia-smi who else uses the GPU."
 )
+
+
+def host_memory_bytes() -> int:
+    """What the host's memory has to give to this process, and its container too, without swapping; where the system
+    does not say (Linux does), as much as one could want.
+    """
+    found = [sys.maxsize]
+    if said := _number(MEMINFO, r"MemAvailable:\s+(\d+) kB"):
+        found.append(said << 10)
+    most, held = _number(CONTAINER / "memory.max"), _number(CONTAINER / "memory.current")
+    if most and held:  # in which are files that have been read, and need not stay
+        files = [_number(CONTAINER / "memory.stat", rf"\b{kind}_file (\d+)") or 0 for kind in ("inactive", "active")]
+        found.append(max(most - held + sum(files), 0))
+    return min(found)
+
+
+def _number(file: Path, pattern: str = r"(\d+)") -> int | None:
+    """The first number in a file; None where there is none, as where a limit is "max"."""
+    said = re.search(pattern, file.read_text()) if file.exists() else None
+    return int(said[1]) if said else None
 
 
 class OutOfMemory(LumenError, torch.OutOfMemoryError):

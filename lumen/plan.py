@@ -25,8 +25,9 @@ from lumen.config import RunConfig, load_config
 from lumen.data.batch import RowStream, stack
 from lumen.data.packing import Packed
 from lumen.errors import ConfigError, LumenError
+from lumen.memory import host_memory_bytes
 from lumen.models.decoder import Decoder
-from lumen.nn.recompute import KEEP_ALL, Keeping, bytes_per_token, choose_keeping
+from lumen.nn.recompute import KEEP_ALL, MOST_ROWS, Keeping, bytes_per_token, choose_keeping
 from lumen.objectives.examples import Examples, load_examples
 from lumen.probe import Probe, probe
 from lumen.spec import ModelSpec
@@ -34,6 +35,7 @@ from lumen.speed import flops_per_token
 
 GIB = 2**30
 MARGIN = 0.03  # of the device's memory that stays free: the allocator's pieces do not all fit
+HOST_SHARE = 0.8  # of what the host has to give now, for what blocks keep there: pinned memory is never swapped out
 CHUNK = 1024  # learned positions that have logits at the same time
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a value
 LARGE = 2**25  # learned values from which on AdamW's averages take 8 bits by themselves: 67 MB instead of 256 and more
@@ -66,15 +68,18 @@ def arrange(
     weights, gradients and optimizer."""
     depth, level = len(spec.layers), config.train.keep
     room = room_bytes - working_bytes(spec, tokens, itemsize)
+    once = working_bytes(spec, tokens, itemsize, whole=True) - working_bytes(spec, tokens, itemsize)
     if level == "auto":
+        host = int(HOST_SHARE * host_memory_bytes()) if config.train.offload else 0
         most = depth * _dora_bytes(spec, config, KEEP_ALL, itemsize) * tokens
         for part in range(17):  # how much DoRA keeps depends on what is kept: the least room aside that is enough
-            keeping = choose_keeping(spec, tokens, room - part * most // 16, may_move=config.train.offload)
-            if kept_bytes(spec, config, keeping, tokens, itemsize) <= room:
+            left = room - part * most // 16
+            keeping = choose_keeping(spec, tokens, left, host_bytes=host, once_bytes=once)
+            if kept_bytes(spec, config, keeping, tokens, itemsize) + once * (KEEP_ALL in keeping) <= room:
                 break
     else:
         keeping = (Keeping(level),) * depth
-    room -= kept_bytes(spec, config, keeping, tokens, itemsize)
+    room -= kept_bytes(spec, config, keeping, tokens, itemsize) + once * (KEEP_ALL in keeping)
     packed = config.model.nf4 and not config.model.fp8 and config.train.method == "lora" and level == "auto"
     holds = packed and set(keeping) == {KEEP_ALL} and room > itemsize * block_weights(spec) * depth
     return keeping, holds
@@ -108,13 +113,17 @@ def block_weights(spec: ModelSpec) -> int:
     return attention + 3 * spec.dim * (experts.count * experts.width + experts.shared)
 
 
-def working_bytes(spec: ModelSpec, tokens: int, itemsize: int = 2) -> int:
+def working_bytes(spec: ModelSpec, tokens: int, itemsize: int = 2, *, whole: bool = False) -> int:
     """What a step holds at its widest besides what blocks keep: one block's backward pass, or the loss's logits.
 
-    Measured on an H200, Llama 3.1 8B: 151 KB a token, which are gate, up, their product, and eight rows of width D.
-    The loss holds the logits of a chunk, and those of the next while it makes them.
+    whole  a block keeps all, whose MLP goes over all rows at once; of one that is computed again a lot of them does
+
+    Measured on an H200, Llama 3.1 8B: 151 KB a token, which are gate, up, their product, and eight rows of width D; in
+    lots, 82 KB, ten rows of width D, most of them around attention. The loss holds the logits of a chunk, and those of
+    the next while it makes them.
     """
-    block = tokens * itemsize * (3 * spec.mlp_dim + 8 * spec.dim)
+    lot = tokens if whole else min(tokens, MOST_ROWS)
+    block = itemsize * max(3 * lot * spec.mlp_dim + 8 * tokens * spec.dim, 10 * tokens * spec.dim)
     logits = min(tokens, 2 * CHUNK) * spec.vocab * 4 + 3 * tokens * itemsize * spec.dim
     unpacked = itemsize * max(spec.dim * spec.mlp_dim * 2, spec.dim * spec.dim * 2)
     return max(block, logits) + unpacked
@@ -158,7 +167,8 @@ def make_plan(config: RunConfig, examples: Examples) -> Plan:
     else:
         keeping, holds = (Keeping(train.keep) if train.keep != "auto" else KEEP_ALL,) * len(spec.layers), False
     weights += itemsize * block_weights(spec) * len(spec.layers) * holds
-    kept, working = kept_bytes(spec, config, keeping, tokens, itemsize), working_bytes(spec, tokens, itemsize)
+    kept = kept_bytes(spec, config, keeping, tokens, itemsize)
+    working = working_bytes(spec, tokens, itemsize, whole=KEEP_ALL in keeping)
     host = paged + sum(_kept_bytes(spec, config, each, itemsize) * tokens for each in keeping if each.moved)
     rows = train.batch_size * train.accumulate
     steps = train.steps or round(train.epochs * -(-len(packed.rows) // rows))

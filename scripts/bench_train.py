@@ -4,6 +4,7 @@ scripts/bench_train                                    8B and 1B, as the table i
 scripts/bench_train --size 8b --rows 4 8 --length 2048 these shapes, as much kept for the backward pass as fits
 scripts/bench_train … --memory-gib 9.9                 within so much device memory
 scripts/bench_train … --lengths lengths.json           rows packed from documents of these lengths
+scripts/bench_train … --dropout 0.05 --dora            adapters with dropout, and with learned lengths of the rows
 scripts/bench_train … --peer unsloth --peer hf         the same with a peer, in a process of its own, where installed:
                                                        full rows, its checkpointing, or none with --peer-keeps-all
 
@@ -104,7 +105,7 @@ def model_spec(size: str) -> ModelSpec:
     return Family.load("llama3.1").bind(config)
 
 
-def random_model(size: str, rank: int) -> Decoder:
+def random_model(size: str, lora: Lora) -> Decoder:
     """The model with random weights, its blocks in NF4, an adapter beside them; on the GPU, one tensor at a time."""
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -122,7 +123,7 @@ def random_model(size: str, rank: int) -> Decoder:
             module.quantize(values)
         else:
             setattr(module, kind, nn.Parameter(values, requires_grad=False))
-    attach_lora(model, Lora(rank=rank))
+    attach_lora(model, lora)
     return model.train()
 
 
@@ -145,11 +146,10 @@ def rows_of(case: Case, lengths: list[list[list]] | None) -> Packed:
     return replace(packed, rows=tuple(full[: case.rows]))
 
 
-def measure(case: Case, model: Decoder, lengths: list | None, steps: int, rank: int) -> dict:
+def measure(case: Case, model: Decoder, lengths: list | None, steps: int, lora: Lora) -> dict:
     """The figures of one line."""
-    config = RunConfig(
-        model=Model(path="random"), lora=Lora(rank=rank), train=Train(memory_gib=case.memory_gib, keep=case.keep)
-    )
+    train = Train(memory_gib=case.memory_gib, keep=case.keep)
+    config = RunConfig(model=Model(path="random"), lora=lora, train=train)
     packed = rows_of(case, lengths)
     batch: Batch = stack(packed.rows, case.length)
     optimizer = AdamW(
@@ -235,6 +235,8 @@ def main() -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=[8])
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dora", action="store_true")
     parser.add_argument("--steps", type=int, default=8, help="timed steps, after 4 of warm-up")
     parser.add_argument("--memory-gib", type=float, default=0.0, help="device memory to take; 0 = what is free")
     parser.add_argument("--keep", choices=("auto", "all", "attention", "input"), default="auto")
@@ -250,8 +252,9 @@ def main() -> int:
     same = {"length": asked.length, "memory_gib": asked.memory_gib, "keep": asked.keep}
     table = [Case(size=asked.size, rows=rows, **same) for rows in asked.rows] if asked.size else TABLE
     lengths = json.loads(Path(asked.lengths).read_text()) if asked.lengths else None
-    if lengths and asked.peer:
-        print("error: peers are given full rows. Leave out --lengths or --peer.", file=sys.stderr)
+    lora = Lora(rank=asked.rank, dropout=asked.dropout, dora=asked.dora)
+    if asked.peer and (lengths or asked.dropout or asked.dora):
+        print("error: peers are given full rows and plain LoRA: no --lengths, --dropout, --dora.", file=sys.stderr)
         return 2
     lines, model, built = [], None, ""
     with TemporaryDirectory() as own_folder:
@@ -260,8 +263,8 @@ def main() -> int:
         for case in table:
             if built != case.size or any(not keeping.moved for keeping in model.keeping):
                 model = None  # also what was unpacked for good goes
-                model, built = random_model(case.size, asked.rank), case.size
-            own = measure(case, model, lengths, asked.steps, asked.rank)
+                model, built = random_model(case.size, lora), case.size
+            own = measure(case, model, lengths, asked.steps, lora)
             lines.append(own)
             if not asked.json:
                 print(in_words(own, None), flush=True)

@@ -4,12 +4,13 @@ import pytest
 import torch
 from tiny_models import llama
 
+from lumen import memory
 from lumen.capture import Passes
 from lumen.checkpoint import load_model
 from lumen.data.batch import stack
 from lumen.data.packing import pack
 from lumen.errors import LumenError
-from lumen.memory import GIB, OF_WEIGHTS, memory_told
+from lumen.memory import GIB, OF_WEIGHTS, host_memory_bytes, memory_told
 from lumen.objectives import sft
 from lumen.optim import AdamW
 from lumen.text.conversation import Encoded
@@ -86,3 +87,16 @@ def test_who_stands_nearest_tells_it_and_other_errors_pass():
         exceeding()
     with pytest.raises(RuntimeError, match=r"^another$"), memory_told("inside", OF_WEIGHTS):
         raise RuntimeError("another")
+
+
+def test_the_hosts_memory_is_what_the_system_and_the_container_still_have_to_give(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CONTAINER", tmp_path)
+    assert host_memory_bytes() > 2**60  # nobody says
+    (tmp_path / "meminfo").write_text("MemTotal:       131981020 kB\nMemAvailable:   9 kB\n")
+    assert host_memory_bytes() == 9 * 1024
+    for file, text in (("memory.max", "max"), ("memory.current", "9000"), ("memory.stat", "anon 5\nactive_file 7\n")):
+        (tmp_path / file).write_text(text + "\n")
+    assert host_memory_bytes() == 9 * 1024
+    (tmp_path / "memory.max").write_text("9500\n")
+    assert host_memory_bytes() == 9500 - 9000 + 7  # files that were read need not stay

@@ -15,7 +15,7 @@ from lumen.nn.cache import KVCache
 from lumen.nn.experts import ExpertLoraPairs, Experts
 from lumen.nn.layers import MLP, Embedding, Norm
 from lumen.nn.linear import Linear, LoraPair
-from lumen.nn.recompute import KEEP_ALL, Keeping, Mover, recomputed
+from lumen.nn.recompute import KEEP_ALL, Keeping, Mover, lots, recomputed, recomputed_rows
 from lumen.nn.rope import Rotation
 from lumen.nn.static_cache import StaticCache
 from lumen.ops.attention import reach
@@ -39,6 +39,17 @@ class Block(nn.Module):
     def forward(self, x: Tensor, places: dict[str, Places], cache: KVCache | StaticCache | None = None) -> Tensor:
         x = self.attn(x, self.attn_norm, self.attn_post_norm, places, cache)
         return self.mlp(x, self.mlp_norm, self.mlp_post_norm)
+
+    def keeping_attention(self, x: Tensor, places: dict[str, Places], random: bool) -> Tensor:
+        """The same, the MLP recomputed in the backward pass."""
+        x = self.attn(x, self.attn_norm, self.attn_post_norm, places, None)
+        return recomputed_rows(self.mlp, x, self.mlp_norm, self.mlp_post_norm, random=random)
+
+    def keeping_input(self, x: Tensor, places: dict[str, Places], random: bool) -> Tensor:
+        """The same, all of it recomputed in the backward pass; of many rows, the MLP apart from the rest."""
+        if lots(x) > 1:
+            return recomputed(self.keeping_attention, x, places, random, random=random)
+        return recomputed(self, x, places, random=random)
 
 
 class Decoder(nn.Module):
@@ -113,13 +124,13 @@ class Decoder(nn.Module):
             self._mover.start()
         random = any(pair.dropout for pair in self.modules() if isinstance(pair, LoraPair | ExpertLoraPairs))
         for block, keeping in zip(self.blocks, self.keeping, strict=True):
-            with self._mover.block() if keeping.moved else nullcontext():
-                if keeping.level == "input":
-                    x = recomputed(block, x, places, random=random)
+            with self._mover.block(x) if keeping.moved else nullcontext():
+                if keeping.level == "all":
+                    x = block(x, places)
+                elif keeping.level == "attention":
+                    x = block.keeping_attention(x, places, random)
                 else:
-                    x = block.attn(x, block.attn_norm, block.attn_post_norm, places, None)
-                    mlp = (block.mlp, x, block.mlp_norm, block.mlp_post_norm)
-                    x = recomputed(*mlp, random=random) if keeping.level == "attention" else block.mlp(*mlp[1:])
+                    x = block.keeping_input(x, places, random)
         return x
 
     def _places(

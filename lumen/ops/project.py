@@ -47,6 +47,7 @@ from lumen.ops.nf4_matvec import MOST_VECTORS, few_inputs, nf4_products
 from lumen.ops.pairs import (
     Plan,
     Stacked,
+    add_product,
     grad_a,
     grad_dense,
     grad_inputs,
@@ -300,7 +301,7 @@ def _outputs(
         y = add_update(residual, waist, stacked.u)
     else:
         y = waist @ stacked.u.T if start is None else torch.addmm(start, waist, stacked.u.T)
-    return y.addmm_(inputs, stacked.weight.T)
+    return add_product(y, inputs, stacked.weight.T)
 
 
 def project_reference(

@@ -11,8 +11,12 @@ import torch
 from tiny_models import llama, relative_error
 
 from lumen import ops
+from lumen.adapter import attach_lora
 from lumen.checkpoint import load_model
+from lumen.config import Lora
+from lumen.nn import recompute
 from lumen.nn.cache import KVCache
+from lumen.nn.layers import MLP
 from lumen.nn.recompute import Keeping
 
 TOLERANCE = 1e-5  # relative, fp32
@@ -48,6 +52,36 @@ def test_recomputing_blocks_gives_the_same_gradients_bit_for_bit(tmp_path):
             {role: parameter.grad for role, parameter in model.named_parameters() if parameter.grad is not None}
         )
     assert all(torch.equal(gradients[0][role], other[role]) for other in gradients[1:] for role in gradients[0])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_an_mlp_recomputed_in_lots_has_the_same_gradients_and_runs_no_more_often(tmp_path, monkeypatch, dropout):
+    llama(tmp_path)
+    model = load_model(tmp_path)
+    attach_lora(model, Lora(rank=4, dropout=dropout))
+    for name, parameter in model.train().named_parameters():
+        if name.endswith("lora.b"):
+            torch.nn.init.normal_(parameter)
+    tokens = torch.randint(257, (2, 9), generator=torch.Generator().manual_seed(0))
+    forward, rows = MLP.forward, []
+    monkeypatch.setattr(MLP, "forward", lambda self, x, *norms: (rows.append(len(x)), forward(self, x, *norms))[1])
+
+    def gradients(level, most):
+        """At most so many rows in a lot; what is dropped hangs on the lots, and not on the level."""
+        monkeypatch.setattr(recompute, "MOST_ROWS", most)
+        model.keeping = (Keeping(level),) * len(model.blocks)
+        torch.manual_seed(1)
+        rows.clear()
+        model.zero_grad()
+        model(tokens, positions_of(tokens)).square().sum().backward()
+        return {role: parameter.grad for role, parameter in model.named_parameters() if parameter.grad is not None}
+
+    wanted = gradients("attention", 7) if dropout else gradients("all", 18)
+    assert len(wanted) == 14 * len(model.blocks)
+    for level in ("attention", "input"):
+        found = gradients(level, 7)
+        assert rows == [6] * 6 * len(model.blocks)  # three lots, forward and once more
+        assert all(relative_error(found[role], wanted[role]) < TOLERANCE for role in wanted)
 
 
 def test_pretrained_logits_equal_the_golden_ones(shared_data):

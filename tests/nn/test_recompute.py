@@ -53,29 +53,43 @@ def test_a_block_of_llama_8b_keeps_92_kilobytes_a_token():
 
 
 def test_all_is_kept_where_it_fits():
-    assert choose_keeping(SPEC, TOKENS, 32 * cost("all"), may_move=True) == (KEEP_ALL,) * 32
+    assert choose_keeping(SPEC, TOKENS, 32 * cost("all"), host_bytes=2**50) == (KEEP_ALL,) * 32
 
 
 def test_a_little_less_room_makes_few_blocks_compute_their_mlp_again():
-    chosen = choose_keeping(SPEC, TOKENS, 32 * cost("all") - 1, may_move=True)
+    chosen = choose_keeping(SPEC, TOKENS, 32 * cost("all") - 1, host_bytes=2**50)
     assert chosen == (Keeping("attention"),) + (KEEP_ALL,) * 31
 
 
 def test_much_less_room_moves_what_attention_made_to_the_host():
-    chosen = choose_keeping(SPEC, TOKENS, 2 * cost("attention"), may_move=True)
+    chosen = choose_keeping(SPEC, TOKENS, 2 * cost("attention"), host_bytes=2**50)
     assert set(chosen) == {Keeping("attention", moved=True)}
 
 
 def test_hardly_any_room_keeps_inputs_alone():
-    assert set(choose_keeping(SPEC, TOKENS, 0, may_move=True)) == {Keeping("input", moved=True)}
-    assert set(choose_keeping(SPEC, TOKENS, 0, may_move=False)) == {Keeping("input")}
+    assert set(choose_keeping(SPEC, TOKENS, 0, host_bytes=2**50)) == {Keeping("input", moved=True)}
+    assert set(choose_keeping(SPEC, TOKENS, 0, host_bytes=0)) == {Keeping("input")}
 
 
-@pytest.mark.parametrize("may_move", [False, True])
+def test_what_the_hosts_memory_cannot_hold_is_not_moved():
+    room = 2 * cost("attention")
+    for level, instead in (("attention", Keeping("input", moved=True)), ("input", Keeping("input"))):
+        moved = choose_keeping(SPEC, TOKENS, room, host_bytes=32 * cost(level))
+        less = choose_keeping(SPEC, TOKENS, room, host_bytes=sum(each.moved for each in moved) * cost(level) - 1)
+        assert Keeping(level, moved=True) in moved and Keeping(level, moved=True) not in less and instead in less
+
+
+def test_what_is_wanted_once_is_left_free_where_a_block_keeps_all():
+    room, once = 32 * cost("all"), cost("all")
+    assert choose_keeping(SPEC, TOKENS, room + once, host_bytes=0, once_bytes=once) == (KEEP_ALL,) * 32
+    assert on_device(choose_keeping(SPEC, TOKENS, room, host_bytes=0, once_bytes=once)) <= room - once
+
+
+@pytest.mark.parametrize("host_bytes", [0, 2**50])
 @pytest.mark.parametrize("share", [0.95, 0.7, 0.5, 0.35, 0.2])
-def test_the_choice_fits_the_room(share, may_move):
+def test_the_choice_fits_the_room(share, host_bytes):
     room = int(share * 32 * cost("all"))
-    chosen = choose_keeping(SPEC, TOKENS, room, may_move=may_move)
+    chosen = choose_keeping(SPEC, TOKENS, room, host_bytes=host_bytes)
     assert len(chosen) == 32 and on_device(chosen) <= room
     assert list(chosen) == sorted(chosen, key=lambda keeping: keeping == KEEP_ALL)  # the last blocks keep all
 
@@ -150,7 +164,7 @@ def passed(mover, width=600_001, blocks=5):
     if mover:
         mover.start()
     for weight in weights:
-        with mover.block() if mover else nullcontext():
+        with mover.block(x) if mover else nullcontext():
             x = recomputed(block, x, weight)
     return x.sum(), weights, running
 
@@ -164,6 +178,16 @@ def test_what_was_moved_comes_back_and_gives_the_same_gradients_again_and_again(
             found = torch.autograd.grad(total, weights, retain_graph=again)
             assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
     assert mover.pinned == 5 * piece_sizes(4 * 600_001)  # once, for both passes
+
+
+def test_a_blocks_input_is_moved_also_where_it_has_no_history(mover):
+    x, weight = torch.randn(600_001), torch.randn(600_001, requires_grad=True)
+    mover.start()
+    with mover.block(x):
+        y = recomputed(torch.mul, x, weight)
+    assert mover.pinned == piece_sizes(x.nbytes)  # and not the weight
+    y.sum().backward()
+    assert torch.equal(weight.grad, x)
 
 
 def test_no_more_than_two_blocks_are_on_the_device_while_others_go_or_come(mover):
