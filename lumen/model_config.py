@@ -1,9 +1,9 @@
 """`config.json` of a model folder, read into one spelling."""
 
-import json
 from pathlib import Path
 
 from lumen.errors import SpecError
+from lumen.formats.json_object import read_object
 from lumen.text_half import text_config
 
 LAYER_TYPES = {"full": "full_attention", "window": "sliding_attention"}  # what config.json calls our kinds of layer
@@ -17,16 +17,7 @@ def read_config(folder: Path | str) -> dict:
     Where each kind of layer has parameters of its own, those of the window layers come out as `rope_local_base_freq`.
     """
     path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise SpecError(
-            f"{path} does not exist. A model is a folder with config.json, safetensors and a tokenizer."
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise SpecError(f"{path}: wanted a JSON object, found {type(config).__name__}.")
+    config = read_object(path, SpecError, "A model is a folder with config.json, safetensors and a tokenizer.")
     return _classic_spelling(text_config(config, str(path)), str(path))
 
 

@@ -14,7 +14,6 @@ An adapter that was trained on a whole vision model names the modules as they li
 beside such a base they are read as those of its text half.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from lumen.config import Lora
 from lumen.errors import CheckpointError, LumenError
+from lumen.formats.json_object import read_object
 from lumen.formats.safetensors import open_file
 from lumen.names import ADAPTER_PREFIX, NameTable
 from lumen.spec import ModelSpec
@@ -138,16 +138,7 @@ class AdapterWeights:
 def read_adapter_config(folder: Path | str) -> dict:
     """`adapter_config.json` of a folder; CheckpointError where it is damaged or says what lumen does not do."""
     path = Path(folder) / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} does not exist. An adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}."
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: wanted a JSON object, found {type(config).__name__}.")
+    config = read_object(path, CheckpointError, f"An adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type wants 'LORA', found {config.get('peft_type')!r}.")
     if not _is_number(config.get("lora_alpha")):

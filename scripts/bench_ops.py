@@ -19,8 +19,6 @@ import argparse
 import importlib.util
 import json
 import math
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench_ops_cases import OPS, TINY, Case, Shapes
+from whole_output import exit_with
 
 from lumen.ops._triton import INTERPRETED
 
@@ -196,12 +195,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        try:
-            status = main()
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # who read has seen enough; what is left in the buffer goes nowhere, and without a word
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 128 + signal.SIGPIPE  # as of a command that the signal has ended
-    sys.exit(status)
+    exit_with(main)

@@ -15,9 +15,7 @@ the products of the forward pass and of the inputs' gradients, and attention, on
 
 import argparse
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -30,6 +28,8 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from whole_output import exit_with
 
 from lumen.adapter import attach_lora
 from lumen.capture import Passes
@@ -279,12 +279,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        try:
-            status = main()
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # who read has seen enough; what is left in the buffer goes nowhere, and without a word
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 128 + signal.SIGPIPE  # as of a command that the signal has ended
-    sys.exit(status)
+    exit_with(main)
