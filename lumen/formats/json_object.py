@@ -7,7 +7,7 @@ from lumen.errors import LumenError
 
 
 def read_object(path: Path, error: type[LumenError], missing: str) -> dict:
-    """The object; `error` for a file that is damaged, holds something else, or is missing: `missing` says what it is of."""
+    """The object; `error` for a file that is damaged, holds another thing, or is missing (`missing`: what it is of)."""
     try:
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
