@@ -37,15 +37,23 @@ LOG = logging.getLogger("lumen")
 
 
 def load_model(
-    folder: Path | str, *, dtype: str = "auto", nf4: bool = False, fp8: bool = False, device: str = "auto"
+    folder: Path | str,
+    *,
+    dtype: str = "auto",
+    nf4: bool = False,
+    fp8: bool = False,
+    device: str = "auto",
+    proceed: Callable[[], None] = lambda: None,
 ) -> Decoder:
     """The model in `folder`, frozen and in eval mode.
 
-    dtype   of the activations and the dense weights: float32, bfloat16, float16, or auto (see `choose_dtype`)
-    nf4     pack the linear layers of every block into 4 bits; embedding, head and norms stay dense. A checkpoint that
-            comes in NF4 keeps its own blocks, and what it left in 16 bits; without `nf4` it is dequantized
-    fp8     while the model trains, multiply by the linear layers of every block in 8 bits (`ops/fp8.py`)
-    device  auto takes a GPU when there is one
+    dtype    of the activations and the dense weights: float32, bfloat16, float16, or auto (see `choose_dtype`)
+    nf4      pack the linear layers of every block into 4 bits; embedding, head and norms stay dense. A checkpoint that
+             comes in NF4 keeps its own blocks, and what it left in 16 bits; without `nf4` it is dequantized
+    fp8      while the model trains, multiply by the linear layers of every block in 8 bits (`ops/fp8.py`)
+    device   auto takes a GPU when there is one
+    proceed  called before anything is put onto the device, then for each tensor, and for each few MB on the way to a
+             GPU; what it raises ends the loading
 
     SpecError when no page describes `config.json`; CheckpointError for missing, extra or mis-shaped tensors, and for
     NaN or infinity in what is packed; ConfigError for a device that is not there, or has no products in 8 bits.
@@ -59,9 +67,11 @@ def load_model(
     packing = nf4 and not files.prequantized
     places = [(name, part) for name in spec.tensors() for part in name.parts]  # of a stack one slice after the other
     offsets: dict[Part, Tensor] = {}  # mean scales of what is packed here
+    proceed()
     with files:
         stored = (read_stored(files, part) for _, part in places)
-        for (name, part), weight in zip(places, carry(stored, place), strict=True):
+        for (name, part), weight in zip(places, carry(stored, place, proceed), strict=True):
+            proceed()
             if isinstance(weight, NF4):
                 if nf4 and _place_packed(model, name, part, weight):
                     continue

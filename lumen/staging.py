@@ -27,18 +27,27 @@ PIECE_BYTES = 16 * 2**20
 AHEAD_BYTES = 256 * 2**20
 
 
-def carry(weights: Iterable[Tensor | NF4], device: torch.device) -> Iterator[Tensor | NF4]:
+def _nothing() -> None:
+    pass
+
+
+def carry(
+    weights: Iterable[Tensor | NF4], device: torch.device, proceed: Callable[[], None] = _nothing
+) -> Iterator[Tensor | NF4]:
     """The same weights on `device`, in their order; `weights` is asked for the next ones while the first are in use.
 
     weights  on the CPU, as views of a file's pages; on the CPU they stay these views
+    proceed  called for each piece that arrives; what it raises ends all
     """
-    return staged(weights, device) if device.type == "cuda" else (weight.to(device) for weight in weights)
+    return staged(weights, device, proceed) if device.type == "cuda" else (weight.to(device) for weight in weights)
 
 
-def staged(weights: Iterable[Tensor | NF4], device: torch.device) -> Iterator[Tensor | NF4]:
+def staged(
+    weights: Iterable[Tensor | NF4], device: torch.device, proceed: Callable[[], None] = _nothing
+) -> Iterator[Tensor | NF4]:
     """`carry` through pinned memory, for a device with streams; on the CPU the same steps make copies."""
     ahead: deque[tuple[int, Callable[[], Tensor | NF4]]] = deque()
-    with _Carrier(device) as carrier:
+    with _Carrier(device, proceed) as carrier:
         for weight in weights:
             ahead.append((weight.nbytes, carrier.send(weight)))
             while sum(size_bytes for size_bytes, _ in ahead) > AHEAD_BYTES:
@@ -56,8 +65,8 @@ class _Piece:
 class _Carrier:
     """The threads, the stream and the pinned memory. A context manager; leaving it waits for what is under way."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, proceed: Callable[[], None]) -> None:
+        self._device, self._proceed = device, proceed
         self._runtime = torch.get_device_module(device)
         self._stream = self._runtime.Stream(device)
         self._free: SimpleQueue[_Piece] = SimpleQueue()
@@ -90,6 +99,7 @@ class _Carrier:
 
         def arrive() -> Tensor:
             for piece in sent:
+                self._proceed()
                 self._runtime.current_stream(self._device).wait_event(piece.result())
             return target
 

@@ -17,12 +17,13 @@ import torch
 
 from lumen.adapter import save_adapter
 from lumen.capture import Passes
-from lumen.checkpoint import choose_dtype, load_model, save_model, stored_dtype
+from lumen.checkpoint import save_model, stored_dtype
 from lumen.config import Lora, RunConfig, list_recipes, load_config, read_recipe, schema_json
 from lumen.data.batch import Batch
 from lumen.data.packing import Packed
 from lumen.embeddings import learned_whole
 from lumen.errors import CheckpointError, ConfigError, LumenError
+from lumen.loading import Loading
 from lumen.memory import OF_A_PASS, OF_WEIGHTS, memory_told
 from lumen.models.decoder import Decoder
 from lumen.objectives.base import Objective
@@ -277,14 +278,12 @@ def prepare(config: RunConfig, run: Run, checkpoint: Checkpoint | None) -> Train
     """
     torch.manual_seed(config.train.seed)
     warming = Warming(config)
-    examples, full = load_examples(config), config.train.method == "full"
-    if full:
-        stored_dtype(examples.spec)  # found now, not when the result is to be saved
-    warming.begin(config, examples)
-    # every weight that learns is an fp32 master, which the layers round to the compute dtype where they use it
-    stored = {"dtype": "float32" if full else config.model.dtype, "device": config.model.device}
-    model = load_model(examples.source.base, **stored, nf4=config.model.nf4, fp8=config.model.fp8)
-    model.dtype = choose_dtype(config.model.dtype, model.device)
+    with Loading(config, warming.ready) as loading:
+        examples = load_examples(config)
+        if config.train.method == "full":
+            stored_dtype(examples.spec)  # found now, not when the result is to be saved
+        warming.begin(config, examples)
+        model = loading.model()
     lora = make_trainable(model, config, examples)
     position = checkpoint.state["position"] if checkpoint else None
     split = {"batch_size": config.train.batch_size, "accumulate": config.train.accumulate}

@@ -1,10 +1,15 @@
 """The kernels of a run's first step, compiled by a process beside it while data is encoded and weights are loaded.
 
-The process imports PyTorch at the same time as the run reads its data. Then it is told the configuration, the GPU and
-the shapes of the first batch, builds the same model on the meta device, and takes the first step there
-(`ops/ahead.py`): what would be launched is compiled into Triton's cache, as many at once as there are cores. It touches
-neither the GPU nor the weights. When all is done it leaves a mark beside the kernels, and the same run with the same
-Triton and the same lumen starts no second time.
+The process is a fork of the run, which saves it the import of PyTorch; where that could go wrong it is an interpreter
+of its own. It is told the configuration, the GPU and the shapes of the first batch, builds the same model on the meta
+device, and takes the first step there (`ops/ahead.py`): what would be launched is compiled into Triton's cache, as many
+at once as there are cores. It touches neither the GPU nor the weights. When all is done it leaves a mark beside the
+kernels, and the same run with the same Triton and the same lumen starts no second time.
+
+Decision: fork where this is the only thread and CUDA was asked for nothing yet; see `_fork_is_safe`, `_serve_forked`.
+Because: with another thread a lock may stay held in the child for good; and where CUDA has counted its GPUs, autograd
+starts a thread for each, which fails in a child. A backward pass of the meta device itself runs in its caller's thread.
+Revisit when: PyTorch counts GPUs anew in a child, or importing it takes no seconds any more.
 
 A run that this does not foresee (a continued adapter, added tokens, products in 8 bits), a step that asks for values
 (experts that are multiplied one by one), or a process that fails, means that kernels are compiled when they are first
@@ -18,6 +23,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections import Counter
@@ -37,13 +43,14 @@ from lumen.checkpoint import choose_device, choose_dtype, load_model
 from lumen.config import RunConfig
 from lumen.data.batch import Batch, RowStream, stack
 from lumen.errors import KernelError
+from lumen.loading import SWITCH_S
 from lumen.models.decoder import Decoder
 from lumen.objectives.examples import Examples
 from lumen.objectives.sft import sft_loss
 from lumen.ops import ahead
 from lumen.ops.ahead import Gpu
 from lumen.ops.nf4 import BLOCK, NESTED_BLOCK, NF4, quantize_nf4
-from lumen.optim import clip_factor, gradient_norm
+from lumen.optim import AdamW, clip_factor, gradient_norm
 from lumen.plan import keep
 from lumen.trainable import make_optimizer
 
@@ -51,6 +58,9 @@ LOG = logging.getLogger("lumen")
 PACKAGE = Path(__file__).resolve().parent
 PROCESS = "import sys; from lumen.warming import serve; serve(sys.stdin)"
 DECIDING = ("method", "keep", "offload", "memory_gib", "optimizer_bits")  # what of [train] decides which kernels run
+DESCRIPTORS = "/proc/self/fd"  # of the files that a process holds
+# the driver hides its GPUs, and it is the driver that PyTorch asks
+WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "0", "OMP_NUM_THREADS": "1"}
 LONGEST_S = 60.0  # how long a run that is ready waits; everything takes 5 seconds on 16 cores, and a minute on one
 UNSAID_S = 2.0  # how long it waits without a word
 LINES = 20  # of what a process that failed has written: each kernel may have left as many
@@ -61,26 +71,32 @@ class Warming:
 
     def __init__(self, config: RunConfig):
         """Starts the process where the run will be on a GPU for which kernels are compiled; else all this is idle."""
-        self._device = choose_device(config.model.device)
         self._process: subprocess.Popen | None = None
-        if self._device.type != "cuda" or not ahead.compiles() or not _is_foreseen(config):
+        self._wanted: tuple[Future, ...] = ()  # before a model may be loaded
+        if config.model.device != "cpu" and ahead.compiles() and _is_foreseen(config) and torch.cuda.device_count():
+            self._process = _start()  # before CUDA itself is asked: that count is of the driver's library beside it
+            self._end = weakref.finalize(self, _kill, self._process)  # also where the run fails before `finish`
+        self._device = choose_device(config.model.device)
+        if self._process is None:
             return
-        paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", PROCESS],  # -P: no module of the folder where the user stands
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # an interrupt is the run's affair
-        )
-        self._end = weakref.finalize(self, _kill, self._process)  # also where the run fails before `finish`
-        thread = ThreadPoolExecutor(1)
-        self._gpu: Future[Gpu] = thread.submit(Gpu.of, self._device)
-        self._known: Future[None] = thread.submit(_know)
-        self._packs: Future[None] = thread.submit(_pack_once, self._device) if config.model.nf4 else self._known
-        thread.shutdown(wait=False)
+        if self._device.type != "cuda":  # there is a GPU, but not for this PyTorch
+            self._give_up()
+            return
+        threads = ThreadPoolExecutor(2)
+        self._gpu: Future[Gpu] = threads.submit(Gpu.of, self._device)
+        self._known: Future[None] = threads.submit(_know)
+        nf4 = config.model.nf4
+        self._packs: Future[None] = threads.submit(_pack_once, self._device, self._known) if nf4 else self._known
+        self._wanted = (self._gpu, self._packs)
+        threads.shutdown(wait=False)
+
+    def ready(self) -> None:
+        """Waits until a model may be loaded: the GPU was measured, and the kernel that packs weights is compiled.
+
+        KernelError where Triton cannot launch at all.
+        """
+        for future in self._wanted:
+            future.result()
 
     def begin(self, config: RunConfig, examples: Examples) -> None:
         """Says what is to be compiled: the first step on these rows. KernelError where Triton cannot launch at all."""
@@ -147,6 +163,54 @@ class Warming:
         self._process = None
 
 
+def _start() -> subprocess.Popen:
+    """The process, which waits for a request on its stdin; it writes to stderr what goes wrong, and nothing else."""
+    paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", PROCESS],  # -P: no module of the folder where the user stands
+        preexec_fn=_serve_forked if _fork_is_safe() else None,
+        env=os.environ | WITHOUT_GPU | {"PYTHONPATH": os.pathsep.join(paths)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # an interrupt is the run's affair
+    )
+
+
+def _fork_is_safe() -> bool:
+    """Whether a child of this process may do more than execute a program: no other thread of Python's can hold a lock.
+
+    The threads of libraries for linear algebra are no obstacle: those take care of forks, and the child uses none.
+    """
+    return threading.active_count() == 1 and not torch.cuda.is_initialized() and os.path.isdir(DESCRIPTORS)
+
+
+def _serve_forked() -> None:
+    """In the child of a fork, in the place of a new interpreter: does what PROCESS does, and ends.
+
+    Returns, so that PROCESS is executed after all, where this process had counted its GPUs by CUDA: it has no way to
+    say so, but a child still counts them although they are hidden from it.
+    """
+    os.closerange(3, max(map(int, os.listdir(DESCRIPTORS))) + 1)  # the run's; its `Popen` waits for one of them
+    os.environ.update(WITHOUT_GPU)
+    if torch.cuda.is_available():
+        return
+    ahead.end_after(_serve_alone)
+
+
+def _serve_alone() -> None:
+    """`serve` without what the run has set up for itself; collecting garbage is off, and so nothing of it is ended."""
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+    logging.disable()  # the run says the same itself, and its handlers may write to files that are closed here
+    torch.set_num_threads(1)  # a team of threads does not survive a fork
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", 1)
+    serve(sys.stdin)
+
+
 def _kill(process: subprocess.Popen) -> None:
     """Ends the process and all that it has started."""
     if process.returncode is None:  # nobody has waited for it: the number is still its own
@@ -160,8 +224,9 @@ def _know() -> None:
     ahead.start_driver()
 
 
-def _pack_once(device: torch.device) -> None:
+def _pack_once(device: torch.device, known: Future[None]) -> None:
     """Compiles the kernel that packs weights: loading needs it before the process could have made it."""
+    known.result()
     with torch.cuda.device(device):
         quantize_nf4(torch.zeros(BLOCK, BLOCK, dtype=torch.bfloat16, device=device), check=False)
 
@@ -204,15 +269,19 @@ def _mark(asked: str) -> Path:
 
 def serve(requests: TextIO) -> None:
     """Waits for one request and does it; without one (the run has ended) nothing. KernelError where a kernel failed."""
-    ahead.know_triton()
-    ahead.leave_compiler_out()
-    torch.empty(1, dtype=torch.int64, device="meta") * torch.empty(1, device="meta")  # imports SymPy for 0.7 s
+    sys.setswitchinterval(SWITCH_S)
+    with ThreadPoolExecutor(1) as thread:  # which has ended before anything is forked
+        known = thread.submit(ahead.know_triton)
+        ahead.leave_compiler_out()
+        torch.empty(1, dtype=torch.int64, device="meta") * torch.empty(1, device="meta")  # imports SymPy for 0.7 s
+        known.result()
     asked = requests.read()
     if not asked:
         return
     mark, request = _mark(asked), json.loads(asked)
     ahead.pretend(Gpu(**request["gpu"]))
-    with ahead.compiling(len(os.sched_getaffinity(0))) as finish:
+    # two for each core: the slowest kernel decides, and must not wait until another has ended
+    with ahead.compiling(2 * len(os.sched_getaffinity(0))) as finish:
         try:
             _take_step(msgspec.convert(request["config"], RunConfig), request)
         except NotImplementedError as error:  # a meta tensor has no values: what is launched further on is not known
@@ -238,6 +307,7 @@ def _take_step(config: RunConfig, request: dict) -> None:
     Decoder.device = torch.device("cuda")  # what follows is decided as it would be there
     config = replace(config, train=replace(config.train, optimizer_paged=False))  # the same kernels, no pinned memory
     optimizer = make_optimizer(model.train(), config)
+    _update(optimizer, config)  # first, for its kernel is one of those that take longest to compile
     tensors = {
         name: torch.empty(shape, dtype=getattr(torch, kind), device="meta")
         for name, (shape, kind) in request["batch"]["shapes"].items()
@@ -249,10 +319,14 @@ def _take_step(config: RunConfig, request: dict) -> None:
     model.keeping = tuple(replace(keeping, moved=False) for keeping in model.keeping)  # the same kernels
     _leave_repeated_blocks_out(model)
     sft_loss(model, batch).total.backward()
+
+
+def _update(optimizer: AdamW, config: RunConfig) -> None:
     for parameter in optimizer.parameters.values():  # their number is something that Triton looks at
         parameter.grad = torch.empty_like(parameter)
     norm = gradient_norm(optimizer.parameters.values())
     optimizer.step(config.train.lr, clip_factor(norm, config.train.clip))
+    optimizer.zero_grad()
 
 
 def _leave_repeated_blocks_out(model: Decoder) -> None:

@@ -20,7 +20,7 @@ FLOORS = [  # from the ground up; a module imports from lower floors, or from it
     ["checkpoint", "embeddings", "peft_files", "decoding"],
     ["adapter", "sampling", "run"],
     ["source"],
-    ["report", "objectives", "export", "speed"],
+    ["report", "objectives", "export", "speed", "loading"],
     ["capture", "profile"],
     ["probe"],
     ["plan"],

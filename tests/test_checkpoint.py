@@ -48,6 +48,23 @@ def test_tensors_that_are_not_those_of_the_config_are_refused(tmp_path, edit, wo
     assert str(tmp_path) in str(refused.value)
 
 
+def test_loading_asks_before_each_tensor_whether_to_go_on_and_draws_no_random_number(tmp_path):
+    llama(tmp_path)
+    state, asked = torch.get_rng_state(), []
+    model = load_model(tmp_path, device="cpu", proceed=lambda: asked.append(1))
+    assert len(asked) == 1 + sum(len(name.parts) for name in model.spec.tensors())
+    assert torch.equal(torch.get_rng_state(), state)
+
+    def stop():
+        asked.pop()
+        if len(asked) == 10:
+            raise InterruptedError("enough")
+
+    with pytest.raises(InterruptedError, match="enough"):
+        load_model(tmp_path, device="cpu", proceed=stop)
+    assert len(asked) == 10
+
+
 def test_stored_rotary_frequencies_and_a_tied_head_that_equals_its_embedding_are_no_strangers(tmp_path):
     llama(tmp_path, tie_word_embeddings=True)
 

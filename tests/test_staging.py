@@ -89,6 +89,21 @@ def test_what_goes_wrong_while_reading_reaches_the_caller_and_leaves_no_thread()
     assert threading.active_count() == threads
 
 
+def test_a_large_tensor_on_its_way_can_be_stopped(monkeypatch):
+    monkeypatch.setattr(staging, "PIECE_BYTES", 400)
+    pieces = []
+
+    def proceed():
+        pieces.append(1)
+        if len(pieces) == 3:
+            raise RuntimeError("enough")
+
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="enough"):
+        next(staging.staged([torch.ones(1000)], CPU, proceed))
+    assert len(pieces) == 3 and threading.active_count() == before
+
+
 def test_inference_mode_of_the_caller_is_no_obstacle():
     with torch.inference_mode():
         (arrived,) = staging.staged([torch.ones(300)], CPU)

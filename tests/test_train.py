@@ -230,7 +230,7 @@ def test_weights_that_do_not_fit_are_told_as_such(base, chats, tmp_path, monkeyp
     def exceeding(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("lumen.train.load_model", exceeding)
+    monkeypatch.setattr("lumen.loading.load_model", exceeding)
     with pytest.raises(LumenError, match=r"the model and what it learns with.*model\.nf4=true"):
         finetune(config(base, chats, tmp_path / "run"))
 

@@ -39,19 +39,32 @@ H100 = Gpu(
 NEEDED = {"_unpack_kernel", "_attention_grad_kv_kernel", "_rms_norm_forward_kernel", "_cross_entropy_kernel"}
 
 
-def request(folder, config: RunConfig) -> str:
+def asking(folder, config: RunConfig) -> str:
     rows = [[Encoded(ids=list(range(length)), learn=[True] * length) for length in (20, 44)]]
     return warming._request(config, folder, "bfloat16", H100, stack(rows, 64), 64)
 
 
+FORKED = """
+import sys
+from lumen import warming
+
+sys.executable = "/bin/false"  # who forks needs no other
+process = warming._start()
+said = process.communicate(sys.stdin.read())[1]
+sys.stderr.write(said)
+sys.exit(process.returncode)
+"""
+
+
 @pytest.mark.slow
-def test_the_first_step_of_a_run_is_compiled_and_marked(tmp_path):
+@pytest.mark.parametrize("process", [FORKED, warming.PROCESS], ids=["forked", "fresh"])
+def test_the_first_step_of_a_run_is_compiled_and_marked(tmp_path, process):
     pytest.importorskip("triton")
     model = tmp_path / "model"
     llama(model).to(torch.bfloat16).save_pretrained(model)
     environment = compiling_environment(tmp_path)
     config = RunConfig(model=Model(path=str(model), nf4=True), lora=Lora(rank=4), data=Data(train=("x",)))
-    asked, command = request(model, config), [sys.executable, "-c", warming.PROCESS]
+    asked, command = asking(model, config), [sys.executable, "-c", process]
     done = subprocess.run(command, input=asked, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr[-3000:]
     compiled = {path.stem for path in (tmp_path / "cache").rglob("*.cubin")}
@@ -65,11 +78,11 @@ def test_the_mark_is_of_what_decides_the_kernels(tmp_path, monkeypatch):
     monkeypatch.setattr(ahead, "know_triton", lambda: "3.6")
     monkeypatch.setattr(ahead, "cache_folder", lambda: tmp_path)
     config = RunConfig(model=Model(path="m"), data=Data(train=("x",)))
-    mark = warming._mark(request(tmp_path, config))
+    mark = warming._mark(asking(tmp_path, config))
     again = replace(config, train=Train(lr=1e-5, steps=7), output=Output(folder="elsewhere"), data=Data(train=("y",)))
-    assert warming._mark(request(tmp_path, again)) == mark
-    assert warming._mark(request(tmp_path, replace(config, lora=Lora(rank=8)))) != mark
-    assert warming._mark(request(tmp_path, replace(config, train=Train(keep="input")))) != mark
+    assert warming._mark(asking(tmp_path, again)) == mark
+    assert warming._mark(asking(tmp_path, replace(config, lora=Lora(rank=8)))) != mark
+    assert warming._mark(asking(tmp_path, replace(config, train=Train(keep="input")))) != mark
 
 
 WALK = """
@@ -116,7 +129,7 @@ def test_two_blocks_of_each_kind_launch_what_all_blocks_do(tmp_path, shape):
         own = "o_proj"  # of the sixth layer alone
         settings.append({"lora": Lora(rank_pattern={rf"layers\.5\.self_attn\.{own}": 4})})
         settings.append({"lora": Lora(dora=True, modules_to_save=("embed",))})
-    asked = [request(tmp_path, RunConfig(data=Data(train=("x",)), **each)) for each in settings]
+    asked = [asking(tmp_path, RunConfig(data=Data(train=("x",)), **each)) for each in settings]
     done = subprocess.run(
         [sys.executable, "-c", WALK],
         input=json.dumps(asked),
@@ -137,7 +150,7 @@ def test_a_step_that_asks_for_values_is_compiled_as_far_as_it_is_known(tmp_path)
     family(model, "qwen3-moe").to(torch.bfloat16).save_pretrained(model)
     config = RunConfig(lora=Lora(rank=4), data=Data(train=("x",)))  # too few columns for products of all experts
     command, environment = [sys.executable, "-c", warming.PROCESS], compiling_environment(tmp_path)
-    done = subprocess.run(command, input=request(model, config), capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, input=asking(model, config), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "for a part of the step" in done.stderr and "Traceback" not in done.stderr
     assert list((tmp_path / "cache").rglob("_rms_norm_forward_kernel.cubin"))
@@ -173,24 +186,92 @@ def test_on_a_cpu_nothing_is_started():
     idle.finish()
 
 
-@pytest.fixture
-def started(monkeypatch, tmp_path):
+@pytest.fixture(params=["forked", "fresh"])
+def started(request, monkeypatch, tmp_path):
     """`begin` with a request for a run on a GPU, where the process runs `code` instead."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(warming, "_fork_is_safe", lambda: request.param == "forked")
     monkeypatch.setattr(warming, "choose_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(Gpu, "of", lambda device: H100)
     monkeypatch.setattr(ahead, "compiles", lambda: True)
     monkeypatch.setattr(ahead, "know_triton", lambda: "3.6")
     monkeypatch.setattr(ahead, "start_driver", lambda: None)
+    monkeypatch.setattr(warming, "_pack_once", lambda *_: None)
     monkeypatch.setattr(ahead, "cache_folder", lambda: tmp_path)
 
     def start(code: str) -> tuple[Warming, str]:
         monkeypatch.setattr(warming, "PROCESS", code)
+        monkeypatch.setattr(warming, "serve", lambda _: exec(code, {}))
         config = RunConfig(model=Model(path="m"), data=Data(train=("x",)))
-        begun, asked = Warming(config), request(tmp_path, config)
+        begun, asked = Warming(config), asking(tmp_path, config)
         begun._ask(asked)
         return begun, asked
 
     return start
+
+
+WHO = """
+import json, logging, os, signal, sys
+print(json.dumps({
+    "session": os.getsid(0) == os.getpid(),
+    "open": sorted(map(int, os.listdir("/proc/self/fd")))[:-1],  # but for the listing itself
+    "handled": [n for n in signal.valid_signals() if callable(signal.getsignal(n)) and n != signal.SIGINT],
+    "gpus": os.environ["CUDA_VISIBLE_DEVICES"],
+}), file=sys.stderr)
+logging.getLogger("lumen").warning("said")
+sys.stderr.flush()
+os._exit(1)
+"""
+
+
+def test_the_process_holds_nothing_of_the_run(started, tmp_path, caplog):
+    """No file, no lock on one, no handler of a signal or of the log; interrupts go by, and there is no GPU."""
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    handler = logging.FileHandler(tmp_path / "log")
+    logging.getLogger("lumen").addHandler(handler)
+    try:
+        with open(tmp_path / "held", "w") as held, caplog.at_level(logging.WARNING, "lumen"):
+            os.set_inheritable(held.fileno(), False)
+            started(WHO)[0].finish()
+    finally:
+        logging.getLogger("lumen").removeHandler(handler)
+        handler.close()
+        signal.signal(signal.SIGUSR1, before)
+    (line,) = [line for line in caplog.text.splitlines() if line.startswith("{")]
+    told = json.loads(line)
+    assert told["session"] and told["open"] == [0, 1, 2] and not told["handled"] and told["gpus"] == ""
+    assert "first used" in (tmp_path / "log").read_text() and "Logging error" not in caplog.text
+
+
+def _counted(monkeypatch):
+    """As where this process has counted its GPUs by CUDA: a child that hides them still finds them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def _beside_a_thread(monkeypatch):
+    monkeypatch.setattr(warming.threading, "active_count", lambda: 2)
+
+
+def _with_cuda_begun(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+
+
+@pytest.mark.parametrize("unsafe", [None, _counted, _beside_a_thread, _with_cuda_begun])
+def test_a_fork_is_taken_where_it_is_safe_and_an_interpreter_elsewhere(monkeypatch, unsafe):
+    monkeypatch.setattr(warming.threading, "active_count", lambda: 1)  # whatever other tests have left
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if unsafe:
+        unsafe(monkeypatch)
+
+    def forked(requests):
+        assert not gc.isenabled(), "what the run holds must not be ended here"
+        sys.stderr.write("forked " + requests.read())
+
+    monkeypatch.setattr(warming, "PROCESS", "import sys; sys.stderr.write('fresh ' + sys.stdin.read())")
+    monkeypatch.setattr(warming, "serve", forked)
+    process = warming._start()
+    assert process.communicate("told")[1] == ("fresh told" if unsafe else "forked told")
+    assert process.returncode == 0
 
 
 def test_the_process_is_told_what_the_run_will_do(started, tmp_path):
@@ -238,7 +319,8 @@ def test_a_wait_that_one_notices_is_said(started, caplog, monkeypatch):
 
 def test_of_a_failure_the_last_lines_are_said(started, caplog):
     with caplog.at_level(logging.WARNING, "lumen"):
-        started("import sys; print(*range(9000), sep='\\n', file=sys.stderr); sys.exit(1)")[0].finish()
+        lines = "print(*range(9000), sep='\\n', file=sys.stderr)"
+        started(f"import os, sys; {lines}; sys.stderr.flush(); os._exit(1)")[0].finish()
     assert caplog.text.rstrip().endswith("8999") and caplog.text.count("\n") <= warming.LINES + 2
 
 
@@ -274,12 +356,12 @@ def test_what_blocks_keep_follows_from_the_widest_batch(started, monkeypatch):
     begun, _ = started("import time; time.sleep(60)")
     told = []
     monkeypatch.setattr(begun, "_ask", lambda asked: told.append(json.loads(asked)))
-    begun._packs = begun._known
     rows = pack([Encoded([1] * n, [True] * n) for n in (4, 4, 4, 8)], 8, packing=False)
     first = RowStream(rows.rows, seed=2).take(2)
     assert max(len(example.ids) for row in first for example in row) == 4, "another seed would say nothing"
     source = SimpleNamespace(adapter=None, base="m")
     config = RunConfig(data=Data(train=("x",), packing=False), train=Train(batch_size=2, seed=2))
     begun.begin(config, SimpleNamespace(source=source, train=rows))
+    begun.ready()
     (asked,) = told
     assert asked["batch"]["shapes"]["tokens"][0] == [2, 4] and asked["tokens"] == 2 * 8

@@ -6,8 +6,9 @@ the other, each with a launcher in C, are many seconds in which the GPU waits.
 
 Which ones a step will launch is not listed anywhere: the code that launches them says it. It runs here on tensors of
 the meta device, which have shapes and no memory, in a process that `pretend` makes believe that they lie on the GPU;
-where it would launch, a child is forked that compiles that kernel and ends. So a cache key is made of the same things
-as that of the launch itself, by the same code of Triton's, and a kernel that was not foreseen is compiled in its turn.
+where it would launch, a child is forked that compiles that kernel and ends, and another one its launcher. So a cache
+key is made of the same things as that of the launch itself, by the same code of Triton's, and a kernel that was not
+foreseen is compiled in its turn.
 """
 
 import os
@@ -18,8 +19,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import NoReturn
 
 import torch
 
@@ -127,41 +130,49 @@ def compiling(at_once: int) -> Iterator[Callable[[], tuple[int, int]]]:
 
     Gives a function that waits for all of them and returns how many were compiled, and how many could not be; why is
     written to stderr. Where nothing was launched outside of forked children, forking is safe: they compile and end.
+
+    A launcher in C takes as long as a small kernel and has a child of its own. Those come last: the kernels are known
+    within a fraction of a second, and the slowest of them decides how long all takes.
     """
-    children: set[int] = set()
+    children: dict[int, tuple[str, str]] = {}  # what each is at work on
+    launchers: dict[tuple[str, str], Callable[[], None]] = {}  # still to be built
     seen: set[tuple[str, str]] = set()
-    failed = 0
+    failed: set[tuple[str, str]] = set()
 
     def reap() -> None:
-        nonlocal failed
         child, status = os.wait()
-        children.discard(child)
-        failed += status != 0
+        known = children.pop(child, None)
+        failed.update([known] if status and known else [])
+
+    def begin(known: tuple[str, str], work: Callable[[], None]) -> None:
+        while len(children) >= at_once:
+            reap()
+        children[_fork(work)] = known
 
     def launch(kernel: "triton.JITFunction", grid: object) -> Callable[..., None]:
         def start(*arguments: object, **options: object) -> None:
-            def is_known(*, key: str, **_: object) -> bool:
-                known = (kernel.__name__, key)
-                new.append(known) if known not in seen else None
+            def is_known(*, key: str, compile: dict, **_: object) -> bool:
+                if (known := (kernel.__name__, key)) not in seen:
+                    seen.add(known)
+                    new.append(known)
+                    launchers[known] = partial(_build_launcher, kernel, compile["signature"], compile["constants"])
                 return True  # Triton leaves it at that, and compiles nothing
 
             new: list[tuple[str, str]] = []
             triton.knobs.runtime.jit_cache_hook = is_known
             kernel.warmup(*arguments, grid=grid, **options)
             triton.knobs.runtime.jit_cache_hook = None
-            if not new:
-                return
-            seen.update(new)
-            while len(children) >= at_once:
-                reap()
-            children.add(_fork(lambda: _compile(kernel, arguments, options)))
+            for known in new:
+                begin(known, partial(_compile, kernel, arguments, options))
 
         return start
 
     def finish() -> tuple[int, int]:
+        while launchers:
+            begin(*launchers.popitem())
         while children:
             reap()
-        return len(seen) - failed, failed
+        return len(seen) - len(failed), len(failed)
 
     before, triton.JITFunction.__getitem__ = triton.JITFunction.__getitem__, launch
     try:
@@ -172,19 +183,37 @@ def compiling(at_once: int) -> Iterator[Callable[[], tuple[int, int]]]:
 
 
 def _compile(kernel: "triton.JITFunction", arguments: tuple, options: dict) -> None:
-    """Puts the kernel and the C code that launches it into Triton's cache."""
+    """Puts the kernel into Triton's cache."""
+    kernel.warmup(*arguments, grid=(1,), **options)
+
+
+def _build_launcher(kernel: "triton.JITFunction", signature: dict, constants: dict) -> None:
+    """Puts the C code that launches the kernel into Triton's cache.
+
+    It follows from the signature, but for an argument that is a tensor descriptor, which none of ours is.
+    """
     from triton.backends.nvidia.driver import CudaLauncher
 
-    made = kernel.warmup(*arguments, grid=(1,), **options)
-    CudaLauncher(made.src, made.metadata)
+    CudaLauncher(SimpleNamespace(fn=kernel, signature=signature, constants=constants), _NoMetadata())
+
+
+class _NoMetadata:
+    """Of a kernel that is not compiled yet; a launcher only keeps it, to launch."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def _fork(work: Callable[[], None]) -> int:
     """The id of a child that does `work` and ends, with 1 where that failed; after LONGEST_S in any case."""
-    child = os.fork()
-    if child:
+    if child := os.fork():
         return child
     signal.alarm(LONGEST_S)
+    end_after(work)
+
+
+def end_after(work: Callable[[], None]) -> NoReturn:
+    """Does `work` and ends this process, with 1 and a traceback where that failed; nothing else of Python's is run."""
     code = 1
     try:
         work()

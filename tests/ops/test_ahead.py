@@ -41,9 +41,19 @@ with ahead.compiling(2) as finish:
     step("meta")  # nothing new
     print(*finish())
 
+from triton.backends.nvidia.driver import CudaLauncher
+from triton.runtime import build
+
+def launch(kernel, grid):
+    def start(*arguments, **options):
+        made = kernel.warmup(*arguments, grid=grid, **options)
+        CudaLauncher(made.src, made.metadata)
+    return start
+
 hits = []
 knobs.compilation.listener = lambda **told: hits.append(told["cache_hit"])
-JITFunction.__getitem__ = lambda kernel, grid: lambda *a, **o: kernel.warmup(*a, grid=grid, **o)
+build._build = None  # a launcher that was not built ahead fails
+JITFunction.__getitem__ = launch
 step("cpu")
 print(len(hits), all(hits))
 """
@@ -53,8 +63,9 @@ FAILING = (
     STEP
     + """
 from triton.backends.nvidia import compiler
+from triton.runtime import build
 
-compiler.CUDABackend.make_cubin = lambda *_: 1 / 0
+WHAT
 with ahead.compiling(2) as finish:
     step("meta")
     print(*finish())
@@ -73,7 +84,8 @@ def test_a_launch_finds_every_kernel_that_was_compiled_ahead(environment):
     assert (compiled, found) == ("3 0", "3 True")
 
 
-def test_a_kernel_that_does_not_compile_is_counted_and_said(environment, tmp_path):
-    done = run(FAILING, environment | {"TRITON_CACHE_DIR": str(tmp_path)})
+@pytest.mark.parametrize("what", ["compiler.CUDABackend.make_cubin", "build._build"])
+def test_a_kernel_or_launcher_that_does_not_compile_is_counted_and_said(environment, tmp_path, what):
+    done = run(FAILING.replace("WHAT", f"{what} = lambda *_: 1 / 0"), environment | {"TRITON_CACHE_DIR": str(tmp_path)})
     assert done.stdout.split() == ["0", "3"], done.stderr[-3000:]
     assert done.stderr.count("ZeroDivisionError") == 3
