@@ -31,6 +31,7 @@ ROPE_KINDS = {  # what each kind reads beside theta
         *("attention_factor", "mscale", "mscale_all_dim"),
     ),
     "longrope": ("factor", "trained_length", "short", "long", "attention_factor"),
+    "mrope": ("sections",),
 }
 CHOICES = {
     "block.norm": ("rms", "rms_plus_one"),
@@ -80,7 +81,7 @@ class AttentionPage:
 
 @dataclass(frozen=True, kw_only=True)
 class RopePage:
-    kind: str | list[str]  # a list: the one that rope_scaling.rope_type names; it calls the plain kind "default"
+    kind: str | list[str]  # a list: the one that rope_scaling.rope_type names; it calls plain and mrope "default"
     theta: Number
     partial: Number = 1.0  # the share of a head that turns, from its first component on
     factor: Number = 1.0
@@ -92,6 +93,8 @@ class RopePage:
     truncate: str = ""  # a key of config.json; true where there is none
     short: str = ""  # keys of lists
     long: str = ""
+    sections: str = ""  # a key of a list
+    interleaved: bool = False  # the parts of a position take turns in a head, or lie behind each other
     attention_factor: Number = 0.0  # 0: as the kind derives it
     mscale: Number = 0.0
     mscale_all_dim: Number = 0.0
@@ -111,8 +114,10 @@ class LoraPage:
 class GGUFPage:
     arch: str
     extra: list[str] = field(default_factory=list)  # tensors that GGUF wants and a checkpoint lacks
-    metadata: dict[str, str] = field(default_factory=dict)  # key under the arch → (dotted) field of ModelSpec
+    # key under the arch → (dotted) field of ModelSpec; or config.KEY, a whole number that no arithmetic of ours reads
+    metadata: dict[str, str] = field(default_factory=dict)
     normalizes_experts: bool = False  # what llama.cpp does, whatever the file says
+    reads_norm_eps: bool = True  # false: llama.cpp takes 0, whatever the file says
     width_scale_depth: int = 0  # at this depth llama.cpp scales q·k by dim / heads, at any other by head_dim
 
 

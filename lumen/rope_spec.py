@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from lumen.errors import SpecError
 from lumen.page import ROPE_KINDS, Number, Page, RopePage, lookup
 
-ROPE_TYPES = {"plain": "default"}  # kinds that config.json calls otherwise
+ROPE_TYPES = {"plain": "default", "mrope": "default"}  # kinds that config.json calls otherwise
 GGUF_TENSORS = {"longrope": ("rope_factors_long", "rope_factors_short")}  # what a kind adds to a GGUF file
 
 
@@ -32,6 +32,8 @@ class RopeSpec:
     truncate: bool = True
     short: tuple[float, ...] = ()  # divisors of the frequencies, up to the trained length and beyond it
     long: tuple[float, ...] = ()
+    sections: tuple[int, ...] = ()  # pairs that turn by each part of a position: time, height, width
+    interleaved: bool = False  # whether these take turns
     attention_factor: float = 1.0  # what cos and sin are multiplied by, and q·k therefore by its square
 
 
@@ -68,13 +70,14 @@ def _bind_rope(source: RopeSource, head_dim: int) -> RopeSpec:
         _refuse_unread_keys(source, kind)
     else:  # rope_scaling speaks of the other layers
         (kind,) = kinds
-    words = {"truncate": _truncate, "short": _divisors, "long": _divisors}
+    words = {"truncate": _truncate, "short": _divisors, "long": _divisors, "sections": _sections}
     own = {name: words[name](source, name) if name in words else source.get(name) for name in ROPE_KINDS[kind]}
     own = _with_attention_factor(kind, own | {"theta": float(source.get("theta"))}, source)
     known = {field.name for field in fields(RopeSpec)}
     spec = RopeSpec(
         kind=kind,
         turned=_turned(source, head_dim),
+        interleaved=source.page.interleaved,
         **{name: value for name, value in own.items() if name in known},
     )
     _check(spec, source)
@@ -143,6 +146,16 @@ def _divisors(source: RopeSource, name: str) -> tuple[float, ...]:
     return tuple(map(float, found))
 
 
+def _sections(source: RopeSource, name: str) -> tuple[int, ...]:
+    found = lookup(source.config, source.page.sections)
+    if not isinstance(found, list) or len(found) != 3 or not all(type(value) is int and value >= 0 for value in found):
+        raise SpecError(
+            f"{source.where}: {source.page.sections} wants three whole numbers, how many pairs of components turn by "
+            f"time, height and width; found {found!r}."
+        )
+    return tuple(found)
+
+
 def _with_attention_factor(kind: str, own: dict, source: RopeSource) -> dict:
     """`own` with the factor that config.json names, or the one that transformers derives where it names none."""
     if "attention_factor" not in own:
@@ -191,6 +204,16 @@ def _check(spec: RopeSpec, source: RopeSource) -> None:
         )
     if spec.attention_factor <= 0:
         raise SpecError(f"{where}: attention_factor wants a number above 0, found {spec.attention_factor}.")
+    if spec.kind == "mrope" and sum(spec.sections) != spec.turned // 2:
+        raise SpecError(
+            f"{where}: {source.page.sections} wants numbers that sum to {spec.turned // 2}, one for each pair of the "
+            f"{spec.turned} components of a head, found {list(spec.sections)}, which sum to {sum(spec.sections)}."
+        )
+    if spec.interleaved and any(3 * (spec.sections[part] - 1) + part >= sum(spec.sections) for part in (1, 2)):
+        raise SpecError(
+            f"{where}: {source.page.sections} wants numbers that can take turns, height and width with no more than a "
+            f"third of all, found {list(spec.sections)}."
+        )
     if spec.kind == "longrope":
         for name in ("short", "long"):
             if len(getattr(spec, name)) != spec.turned // 2:

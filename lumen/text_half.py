@@ -9,6 +9,15 @@ prefix that depends on the writer:
 
 A page with a section `[text_half]` says which architectures hold its family so, and how the prefixes are spelt. Above
 this module everything speaks of the text model alone.
+
+Older vision checkpoints (Qwen2-VL and 2.5-VL, as the hub has them) do not nest: the text model's settings stand at the
+top of `config.json`, beside `vision_config`. Both come out alike.
+
+A vision model may turn by positions of three parts. How its pairs of components are divided among them stands in
+`rope_scaling`, or `rope_parameters`; it comes out beside it, as `mrope_section`. There the text model that is saved
+keeps it, since the division is of no matter to a text, and runtimes that find it within a rope want a vision model.
+Likewise `deepstack_layers`, to how many layers the tower gives features of an image: a GGUF file says it, so that a
+projector file goes with it.
 """
 
 from collections.abc import Iterable
@@ -20,8 +29,16 @@ from lumen.errors import CheckpointError, SpecError
 SHARED_KEYS = ("tie_word_embeddings", "quantization_config", "architectures")
 FALLBACK_KEYS = ("torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id")
 
-MROPE = " Its text half turns by positions of three parts (mrope), which lumen does not know."
-REFUSED = {"Qwen2VLForConditionalGeneration": MROPE, "Qwen2_5_VLForConditionalGeneration": MROPE}  # why no page has it
+REFUSED = {  # why no page has it
+    "Qwen3VLMoeForConditionalGeneration": " Its experts are stored in stacks of another layout than Qwen 3's.",
+}
+
+VISION_KEYS = ("vision_", "image_", "video_")  # how keys begin that a config.json which does not nest has for its tower
+MROPE_KEYS = ("mrope_section", "mrope_interleaved")
+TEXT_TYPES = {  # model_type of a text half → that of the text model, which for a text computes the same
+    **dict.fromkeys(("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"), "qwen2"),
+    "qwen3_vl_text": "qwen3",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +50,26 @@ class TextHalfPage:
 
 
 def text_config(config: dict, where: str) -> dict:
-    """The settings of the text half where `config` nests them under `text_config`; else `config` itself.
+    """The settings of the text half, where `config` is a vision model's; else `config` itself.
 
     `architectures` stays that of the whole checkpoint, so that the page can be found by it.
     """
-    if "text_config" not in config:
-        return config
+    if "text_config" in config:
+        text = _nested(config, where)
+    elif "vision_config" in config:
+        text = {key: value for key, value in config.items() if not key.startswith(VISION_KEYS)}
+    else:
+        text = dict(config)
+    if text.get("model_type") in TEXT_TYPES:
+        text["model_type"] = TEXT_TYPES[text["model_type"]]
+    vision = config.get("vision_config")
+    if isinstance(vision, dict) and isinstance(fed := vision.get("deepstack_visual_indexes"), list):
+        text["deepstack_layers"] = len(fed)
+    return _with_sections_beside(text)
+
+
+def _nested(config: dict, where: str) -> dict:
+    """`text_config`, with what `config` says for both halves."""
     if not isinstance(config["text_config"], dict):
         raise SpecError(f"{where}: text_config wants an object, found {config['text_config']!r}.")
     text = dict(config["text_config"])
@@ -47,6 +78,22 @@ def text_config(config: dict, where: str) -> dict:
         config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
     text |= {key: config[key] for key in FALLBACK_KEYS if text.get(key) is None and config.get(key) is not None}
     return text
+
+
+def _with_sections_beside(config: dict) -> dict:
+    """`config` with the keys of mrope at its top, and a rope that is of the default type where it was called mrope."""
+    lifted, ropes = {}, {}
+    for place in ("rope_scaling", "rope_parameters"):
+        rope = config.get(place)
+        if not isinstance(rope, dict) or "mrope_section" not in rope:
+            continue
+        lifted |= {key: rope[key] for key in MROPE_KEYS if key in rope}
+        rest = {key: value for key, value in rope.items() if key not in MROPE_KEYS}
+        ropes[place] = {
+            key: "default" if key in ("type", "rope_type") and value == "mrope" else value
+            for key, value in rest.items()
+        }
+    return config | ropes | lifted
 
 
 def own_names(stored: Iterable[str], half: TextHalfPage, where: str) -> tuple[dict[str, str], list[str]]:

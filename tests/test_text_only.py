@@ -48,6 +48,13 @@ LINEAR_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 3000.0},
 }
+SECTIONS = [6, 5, 5]  # pairs of a head of 32 that turn by time, height and width
+QWEN_TEXT = {
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-7},  # heads of D / H, as theirs are
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": SECTIONS},
+}
+QWEN_VISION = {"depth": 1, "num_heads": 2, "num_attention_heads": 2}
+QWENS = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"]
 SHAPES = {  # what is made → the page of its text half, the first word of its classes, its configs
     "gemma3": (
         "gemma3",
@@ -74,26 +81,56 @@ SHAPES = {  # what is made → the page of its text half, the first word of its 
         {"model_type": "pixtral", "head_dim": 16},
         {"tie_word_embeddings": False},
     ),
+    "qwen2-vl": (
+        "qwen2-vl",
+        "Qwen2VL",
+        QWEN_TEXT,
+        QWEN_VISION | {"embed_dim": 32, "mlp_ratio": 2, "hidden_size": 64},
+        {"tie_word_embeddings": True},
+    ),
+    "qwen2.5-vl": (
+        "qwen2-vl",
+        "Qwen2_5_VL",
+        QWEN_TEXT,
+        QWEN_VISION | {"out_hidden_size": 64, "fullatt_block_indexes": [0]},
+        {"tie_word_embeddings": False},
+    ),
+    "qwen3-vl": (
+        "qwen3-vl",
+        "Qwen3VL",
+        QWEN_TEXT,
+        QWEN_VISION | {"out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        {"tie_word_embeddings": True},
+    ),
 }
+UNTIED = ("mistral3", "qwen2.5-vl")
 NEW_PREFIXES = {
     "language_model.model.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
     "vision_tower.": "model.vision_tower.",
     "multi_modal_projector.": "model.multi_modal_projector.",
+    # of Qwen: 3-VL has them on the hub, too, and the others do not nest there
+    "model.language_model.": "model.language_model.",
+    "model.visual.": "model.visual.",
+    "visual.": "model.visual.",
+    "model.": "model.language_model.",
+    "lm_head.": "lm_head.",
 }
 
 
 def vision_model(folder, shape):
     """Writes a random vision model into `folder`, as transformers does for the hub; returns transformers' own of it."""
     _, word, text, vision, own = SHAPES[shape]
-    config = getattr(transformers, f"{word}Config")(text_config=TEXT | text, vision_config=VISION | vision, **own)
+    # through JSON, since transformers writes into the dictionaries that it is given
+    halves = json.loads(json.dumps({"text_config": TEXT | text, "vision_config": VISION | vision}))
+    config = getattr(transformers, f"{word}Config")(**halves, **own)
     config._attn_implementation = "eager"
     torch.manual_seed(7)
     model = getattr(transformers, f"{word}ForConditionalGeneration")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.uniform_(0.5, 1.5) if word == "Mistral3" else parameter.uniform_(-0.5, 0.5)
+                parameter.uniform_(-0.5, 0.5) if word == "Gemma3" else parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(0, 0.12)
     model.save_pretrained(folder)
@@ -131,7 +168,7 @@ def test_logits_of_text_equal_those_of_the_whole_model(tmp_path, shape, spelling
         new_spelling(tmp_path)
         assert "model.language_model.norm.weight" in TensorFiles(tmp_path).names()
     model = load_model(tmp_path)
-    assert model.spec.name == SHAPES[shape][0] and (model.head is None) == (shape != "mistral3")
+    assert model.spec.name == SHAPES[shape][0] and (model.head is None) == (shape not in UNTIED)
     with torch.no_grad():
         assert relative_error(logits(model), theirs(TOKENS).logits) < 1e-5
 
@@ -216,7 +253,7 @@ def test_a_tensor_of_neither_half_and_one_that_is_there_twice_are_refused(tmp_pa
             lambda config: config.update(architectures=["Mistral4ForConditionalGeneration"]),
             "nearest known is 'Mistral3For",
         ),
-        (lambda config: config.update(architectures=["Qwen2VLForConditionalGeneration"]), "three parts (mrope)"),
+        (lambda config: config.update(architectures=["Qwen3VLMoeForConditionalGeneration"]), "another layout"),
         (lambda config: config["text_config"].update(hidden_size=128), "hidden_size (128 by config.json, 64 here)"),
     ],
 )
@@ -242,7 +279,7 @@ def test_a_merged_text_half_loads_in_transformers_as_a_text_model_with_equal_log
     text = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    assert type(text).__name__ == f"{SHAPES[shape][1].replace('l3', 'l')}ForCausalLM"
+    assert type(text).__name__ == read_page(SHAPES[shape][0]).architecture
     with torch.no_grad():
         assert relative_error(logits(model), text(TOKENS).logits) < 1e-5
         assert relative_error(logits(load_model(tmp_path / "merged")), text(TOKENS).logits) < 1e-5
@@ -262,12 +299,15 @@ def test_a_saved_text_half_loads_in_transformers_with_equal_logits(tmp_path, sha
         assert relative_error(text(TOKENS).logits, theirs(TOKENS).logits) < 1e-6
 
 
-@pytest.mark.parametrize("spelling", ["hub", "transformers 5"])
-def test_the_text_half_of_a_vision_checkpoint_in_nf4_keeps_its_blocks(tmp_path, spelling):
-    vision_model(tmp_path / "dense", "gemma3")
+@pytest.mark.parametrize(
+    ("shape", "spelling"), [("gemma3", "hub"), ("gemma3", "transformers 5"), *[(shape, "hub") for shape in QWENS]]
+)
+def test_the_text_half_of_a_vision_checkpoint_in_nf4_keeps_its_blocks(tmp_path, shape, spelling):
+    vision_model(tmp_path / "dense", shape)
     nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     with torch.compiler.set_stance("force_eager"):  # else bitsandbytes compiles for each shape, seconds at a time
-        theirs = transformers.Gemma3ForConditionalGeneration.from_pretrained(
+        whole = getattr(transformers, f"{SHAPES[shape][1]}ForConditionalGeneration")
+        theirs = whole.from_pretrained(
             tmp_path / "dense", quantization_config=nf4, dtype=torch.float32, attn_implementation="eager"
         ).train()
         theirs.save_pretrained(tmp_path / "packed")
@@ -278,18 +318,20 @@ def test_the_text_half_of_a_vision_checkpoint_in_nf4_keeps_its_blocks(tmp_path, 
         for role, layer in linear_layers(model).items():
             name = model.spec.names.by_role(role).checkpoint.removeprefix("model.")
             assert torch.equal(layer.nf4.codes, theirs.model.language_model.get_submodule(name).weight.data.flatten())
-        assert relative_error(logits(model), theirs(TOKENS, token_type_ids=torch.zeros_like(TOKENS)).logits) < 1e-5
+        kinds = {"token_type_ids": torch.zeros_like(TOKENS)} if shape == "gemma3" else {}  # no token of an image
+        assert relative_error(logits(model), theirs(TOKENS, **kinds).logits) < 1e-5
     merge(tmp_path / "packed", tmp_path / "merged")
     assert "quantization_config" not in read_config(tmp_path / "merged")
     assert torch.equal(logits(load_model(tmp_path / "merged")), logits(model))
     write_nf4(tmp_path / "packed", tmp_path / "text")
-    assert read_config(tmp_path / "text")["architectures"] == ["Gemma3ForCausalLM"]
+    assert read_config(tmp_path / "text")["architectures"] == [read_page(SHAPES[shape][0]).architecture]
     assert torch.equal(logits(load_model(tmp_path / "text", nf4=True)), logits(model))
 
 
 # Adapters of whole vision models
 
 
+@pytest.mark.parametrize("shape", ["gemma3", *QWENS])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -302,8 +344,10 @@ def test_the_text_half_of_a_vision_checkpoint_in_nf4_keeps_its_blocks(tmp_path, 
         },
     ],
 )
-def test_an_adapter_that_peft_trained_on_a_whole_vision_model_is_read_beside_its_text_half(tmp_path, caplog, settings):
-    theirs = vision_model(tmp_path / "base", "gemma3")
+def test_an_adapter_that_peft_trained_on_a_whole_vision_model_is_read_beside_its_text_half(
+    tmp_path, caplog, settings, shape
+):
+    theirs = vision_model(tmp_path / "base", shape)
     theirs.name_or_path = str(tmp_path / "base")
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, **settings))
     with torch.no_grad():

@@ -92,6 +92,15 @@ FAMILIES = {  # a shape of a family → its page, the first word of its classes,
     "qwen2": ("qwen2", "Qwen2", {}),
     "qwen2 tied": ("qwen2", "Qwen2", {"tie_word_embeddings": True}),
     "qwen2 yarn": ("qwen2", "Qwen2", {"rope_scaling": YARN, "rope_theta": 100.0}),
+    # its text half alone, tests/test_text_only.py has the whole; llama.cpp takes its norms to have no epsilon
+    "qwen2-vl": ("qwen2-vl", "Qwen2", {"mrope_section": [2, 3, 3], "rms_norm_eps": 1e-7}),
+    "qwen2-vl tied": (
+        "qwen2-vl",
+        "Qwen2",
+        {"mrope_section": [4, 2, 2], "rms_norm_eps": 1e-7, "tie_word_embeddings": True},
+    ),
+    # llama.cpp turns all pairs of these sections; tests/test_text_only_qwen.py has such as it does not
+    "qwen3-vl": ("qwen3-vl", "Qwen3", {"mrope_section": [3, 3, 2], "deepstack_layers": 1, "head_dim": 16}),
     "phi3": ("phi3", "Phi3", {"sliding_window": WINDOW}),
     "phi3 longrope": (
         "phi3",

@@ -56,7 +56,8 @@ class GGUFReport:
 
     types        how many tensors there are of each type
     fallbacks    a sentence for each tensor that did not get the type asked for
-    differences  a sentence for each kind of text that llama.cpp cuts into other ids than lumen
+    differences  a sentence for each kind of text that llama.cpp cuts into other ids than lumen, and for each
+                 number that it takes for another
     """
 
     path: Path
@@ -165,7 +166,8 @@ def _planned_file(folder: Path, quant: str, name: str) -> Iterator[_PlannedFile]
             },
             tensors=tensors,
             fallbacks=tuple(reason for _, _, reason in chosen if reason),
-            differences=tuple(
+            differences=told_of_llama_cpp(spec)
+            + tuple(
                 line
                 for line in vocab.differences
                 if not (_drops_blanks(tokenizer) and line.startswith("Blanks beside"))
@@ -270,9 +272,20 @@ def _model_metadata(spec: ModelSpec) -> dict[str, Value]:
         **_rope_scaling(spec),
     }
     for key, field in spec.gguf.metadata.items():
-        number = attrgetter(field)(spec)
+        number = _from_config(spec, field) if field.startswith("config.") else attrgetter(field)(spec)
         values[key] = Value("u32" if isinstance(number, int) else "f32", number)
     return {f"{spec.gguf.arch}.{key}": value for key, value in values.items()}
+
+
+def _from_config(spec: ModelSpec, field: str) -> int:
+    """A whole number that nothing but the file is concerned with; ExportError where config.json lacks it."""
+    key = field.removeprefix("config.")
+    if type(found := spec.config.get(key)) is not int or found < 0:
+        raise ExportError(
+            f"{spec.name}: config.json: {key} wants a whole number, found {found!r}. Without it a GGUF file of arch "
+            f"{spec.gguf.arch!r} would fit no projector file. Export the vision checkpoint itself, or write it there."
+        )
+    return found
 
 
 def _rope_scaling(spec: ModelSpec) -> dict[str, Value]:
@@ -281,6 +294,8 @@ def _rope_scaling(spec: ModelSpec) -> dict[str, Value]:
     Between longrope's lists llama.cpp chooses by the context that it is opened with, not by the length of a text.
     """
     rope = spec.rope
+    if rope.kind == "mrope":
+        return {"rope.dimension_sections": Value("i32[]", (*rope.sections, 0))}  # it wants four
     if rope.kind == "linear" and rope.factor != 1:
         return {"rope.scaling.type": Value("string", "linear"), "rope.scaling.factor": Value("f32", rope.factor)}
     if rope.kind not in ("yarn", "longrope"):
@@ -300,6 +315,26 @@ def _rope_scaling(spec: ModelSpec) -> dict[str, Value]:
         values["rope.scaling.attn_factor"] = Value("f32", rope.attention_factor / (0.1 * math.log(rope.factor) + 1))
         values["rope.scaling.factor"] = Value("f32", rope.factor)  # of longrope it would squeeze the positions as well
     return values
+
+
+def told_of_llama_cpp(spec: ModelSpec) -> tuple[str, ...]:
+    """What llama.cpp computes otherwise than the file says, where that is too little to refuse it."""
+    rope, told = spec.rope, []
+    if not spec.gguf.reads_norm_eps:
+        told.append(
+            f"Norms: in a {spec.gguf.arch!r} model llama.cpp adds no epsilon, and this one was made for "
+            f"{spec.norm_eps:g}: its logits differ slightly."
+        )
+    # Once height or width has all its pairs, time has what would have been theirs; llama.cpp turns those by a fourth
+    # part of a position, which is 0 in a text.
+    pairs = range(rope.turned // 2 if rope.interleaved else 0)
+    if still := [pair for pair in pairs if pair >= 3 * rope.sections[pair % 3]]:
+        angle = spec.context_length * rope.theta ** (-2 * still[0] / rope.turned)
+        told.append(
+            f"Positions: {len(still)} of the {len(pairs)} pairs of a head, which turn by {angle:.2g} radians at most "
+            f"within the context of {spec.context_length} tokens, llama.cpp does not turn in a text."
+        )
+    return tuple(told)
 
 
 def _check_scale(spec: ModelSpec) -> None:

@@ -10,6 +10,9 @@ yarn      the same idea, mixed linearly in i, between the pairs that turn beta_f
           length (Peng et al. 2023, arXiv 2309.00071); `truncate` widens that range to whole pairs
 longrope  f[i] / short[i] for a sequence of up to trained_length tokens, f[i] / long[i] for all of a longer one
           (Ding et al. 2024, arXiv 2402.13753)
+mrope     f[i] as plain; a position has three parts, time, height and width, and pair i turns by the one in whose
+          section it lies, or whose turn it is (Wang et al. 2024, arXiv 2409.12191; `ops/rotary.py` has the two orders).
+          In a text the three are equal: then it is plain
 
 yarn and longrope also multiply cos and sin by `attention_factor`.
 
@@ -27,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lumen.ops.rotary import rotary_angles
+from lumen.ops.rotary import rotary_angles, rotary_parts
 from lumen.spec import ModelSpec, RopeSpec
 
 
@@ -81,6 +84,7 @@ FREQUENCIES: dict[str, Callable[[RopeSpec], Tensor]] = {  # of a sequence that i
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": lambda rope: _divided(rope, rope.short),
+    "mrope": _plain,
 }
 
 
@@ -93,9 +97,14 @@ class Rotation:
         self._long_frequencies = {
             kind: _divided(rope, rope.long) for kind, rope in self.ropes.items() if rope.kind == "longrope"
         }
+        self._parts = {
+            kind: rotary_parts(rope.sections, rope.interleaved)
+            for kind, rope in self.ropes.items()
+            if rope.kind == "mrope"
+        }
 
     def tables(self, positions: Tensor, reach: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """Layer kind → (cos, sin), both (B, T, W/2) fp32, for `positions` (B, T).
+        """Layer kind → (cos, sin), both (B, T, W/2) fp32, for `positions` (B, T), or (3, B, T) where the rope is mrope.
 
         reach  (B, 1) int64, a position that each row is known to come to, when it is given in pieces; None: what is
                given is whole
@@ -109,14 +118,16 @@ class Rotation:
             long = self._on_device(self._long_frequencies, kind, positions.device)
             is_long = (ends + 1 > rope.trained_length).unsqueeze(-1)  # (B, T, 1)
             frequencies = torch.where(is_long, long, frequencies)  # (B, T, W/2)
-        angles = rotary_angles(positions, frequencies)
+        three = positions.ndim == 3 and kind in self._parts
+        parts = self._on_device(self._parts, kind, positions.device) if three else None
+        angles = rotary_angles(positions, frequencies, parts)
         return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
 
     @staticmethod
-    def _on_device(frequencies: dict[str, Tensor], kind: str, device: torch.device) -> Tensor:
-        if frequencies[kind].device != device:  # moved once, to where the model lives
-            frequencies[kind] = frequencies[kind].to(device)
-        return frequencies[kind]
+    def _on_device(tensors: dict[str, Tensor], kind: str, device: torch.device) -> Tensor:
+        if tensors[kind].device != device:  # moved once, to where the model lives
+            tensors[kind] = tensors[kind].to(device)
+        return tensors[kind]
 
 
 def document_ends(positions: Tensor) -> Tensor:

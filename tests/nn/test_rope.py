@@ -10,8 +10,10 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
-from lumen.errors import SpecError
+from lumen.errors import KernelError, SpecError
 from lumen.nn.rope import Rotation, document_ends
 from lumen.ops.rotary import rotary
 from lumen.page import RopePage
@@ -165,6 +167,64 @@ def test_left_padding_does_not_change_what_a_row_is_turned_by(longrope):
 def test_document_ends():
     positions = torch.tensor([[0, 1, 2, 0, 0, 1], [4, 5, 6, 7, 8, 9]])
     assert document_ends(positions).tolist() == [[2, 2, 2, 0, 1, 1], [9] * 6]
+
+
+# --- positions of three parts ----------------------------------------------------------------------------------------
+
+# three words, an image of 2 x 2 patches, two words more; and a text, whose parts are equal
+IMAGE = [[3, 3, 3, 3], [3, 3, 4, 4], [3, 4, 3, 4]]
+THREE = torch.tensor([[[0, 1, 2, *part, 5, 6], [*range(9)]] for part in IMAGE])  # (3, B, T)
+
+
+@pytest.mark.parametrize(
+    ("word", "embedding", "sections"),
+    [
+        *[("Qwen2", Qwen2VLRotaryEmbedding, sections) for sections in ([2, 3, 3], [4, 2, 2], [1, 0, 7])],
+        *[("Qwen3", Qwen3VLTextRotaryEmbedding, sections) for sections in ([4, 2, 2], [3, 3, 2], [5, 1, 2])],
+    ],
+)
+def test_three_parts_give_the_tables_of_transformers_and_a_text_those_of_one_position(
+    tmp_path, word, embedding, sections
+):
+    config = write_config(tmp_path, word, {"mrope_section": sections, "head_dim": 16})
+    rotation = Rotation(load_family(tmp_path))
+    assert rotation.ropes["full"].kind == "mrope" and rotation.ropes["full"].interleaved == (word == "Qwen3")
+    config.rope_parameters["mrope_section"] = sections
+    both = embedding(config)(torch.zeros(1), THREE)
+    found = table(rotation, THREE)
+    assert torch.equal(found, torch.stack([one[..., :8] for one in both]))
+    plain = table(Rotation(bound(tmp_path / "plain", word, {"head_dim": 16})), THREE[0])
+    assert torch.equal(found[:, 1], plain[:, 1])
+    assert not torch.equal(found[:, 0], plain[:, 0])
+    assert torch.equal(table(rotation, THREE[0]), plain)
+
+
+def test_a_rope_of_one_position_refuses_three(tmp_path):
+    with pytest.raises(KernelError, match=r"positions want the shape \(B, T\), found \(3, 2, 9\)"):
+        Rotation(bound(tmp_path, "Qwen2", {})).tables(THREE)
+
+
+@pytest.mark.parametrize(
+    ("rope", "words"),
+    [
+        ({"mrope_section": [2, 3, 4]}, "mrope_section wants numbers that sum to 8, one for each pair of the 16"),
+        ({"mrope_section": [4, 4]}, "mrope_section wants three whole numbers"),
+        ({"mrope_section": [9, -2, 1]}, "mrope_section wants three whole numbers"),
+        ({"mrope_section": [2.0, 3, 3]}, "found [2.0, 3, 3]"),
+        ({"mrope_section": [True, 3, 4]}, "mrope_section wants three whole numbers"),
+        ({"mrope_section": [2, 3, 3], "mrope_interleaved": True}, "mrope_interleaved is True"),
+        ({"mrope_section": [2, 3, 3], "rope_type": "yarn", "factor": 4.0}, "rope_scaling.rope_type is 'yarn'"),
+        ({"rope_type": "mrope"}, "rope_type is 'mrope'; family 'qwen2' wants"),
+    ],
+)
+def test_sections_that_do_not_divide_a_head_are_refused(tmp_path, rope, words):
+    write_config(tmp_path, "Qwen2", {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] |= rope
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SpecError) as refused:
+        load_family(tmp_path)
+    assert words in str(refused.value) and str(tmp_path / "config.json") in str(refused.value)
 
 
 # --- the part of a head that turns -----------------------------------------------------------------------------------

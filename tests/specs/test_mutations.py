@@ -20,6 +20,7 @@ NO_SWITCHES = {
     *("name", "architecture", "dim", "heads", "kv_heads", "head_dim", "mlp_dim", "vocab", "context_length", "tied"),
     *("names", "lora_targets", "gguf", "chat", "config", "text_half", "layers", "kind", "rope", "sparse"),
     *("experts", "count", "width"),
+    *("sections", "interleaved"),  # of no matter to a text; `tests/nn/test_rope.py` has positions of three parts
 }
 OFF = {  # what each switch is where it does nothing
     **{"norm_at": "before", "bias": frozenset(), "qk_norm": "none", "embed_scale": 1.0, "shared_gate": "none"},

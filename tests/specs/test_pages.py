@@ -25,6 +25,15 @@ PARAMETERS = {  # as the model cards say, in the sizes that a page lists; of Gem
     ("qwen2", "14b"): 14_770_033_664,
     ("qwen2", "32b"): 32_763_876_352,
     ("qwen2", "72b"): 72_706_203_648,
+    ("qwen2-vl", "2b"): 1_543_714_304,  # that of the text model of the same size, whose shape it has
+    ("qwen2-vl", "2.5-3b"): 3_085_938_688,
+    ("qwen2-vl", "7b"): 7_615_616_512,
+    ("qwen2-vl", "2.5-32b"): 32_763_876_352,
+    ("qwen2-vl", "72b"): 72_706_203_648,
+    ("qwen3-vl", "2b"): 1_720_574_976,  # so is this
+    ("qwen3-vl", "4b"): 4_022_468_096,
+    ("qwen3-vl", "8b"): 8_190_735_360,
+    ("qwen3-vl", "32b"): 32_762_123_264,
     ("mistral", "7b"): 7_241_732_096,
     ("mistral-v0.2", "7b-v0.2"): 7_241_732_096,
     ("mistral-v0.2", "7b-v0.3"): 7_248_023_552,
@@ -60,6 +69,8 @@ PARAMETERS = {  # as the model cards say, in the sizes that a page lists; of Gem
 TIED = {
     *[("llama3.1", size) for size in ("3.2-1b", "3.2-3b")],
     *[("qwen2", size) for size in ("0.5b", "1.5b", "3b")],
+    *[("qwen2-vl", size) for size in ("2b", "2.5-3b")],
+    *[("qwen3-vl", size) for size in ("2b", "4b")],
     ("phi4-mini", "3.8b"),
     *[("qwen3", size) for size in ("0.6b", "1.7b", "4b")],
 }
@@ -78,6 +89,7 @@ def bind(page: str, size: dict, tied: bool = False):
         "final_logit_softcapping": 30.0,
         "rope_local_base_freq": 10000.0,
         "rope_theta": 10000.0,
+        "mrope_section": [size["head_dim"] // 2 - 2, 1, 1],
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 128,
         "tie_word_embeddings": tied,
