@@ -4,6 +4,11 @@ itself.
 `prepare` makes the parts, `Trainer.train` is the loop, `finetune` puts the two together for a program.
 """
 
+if __name__ == "__main__":
+    from lumen import early
+
+    early.begin()
+
 import argparse
 import json
 import math
@@ -205,11 +210,10 @@ class Trainer:
         if not sample.prompts:
             return
         prompts = [question_ids(prompt, self.tokenizer) for prompt in sample.prompts]
-        stops = self.tokenizer.stop_ids
-        options = {"max_tokens": sample.max_tokens, "stop_ids": stops, "temperature": sample.temperature}
+        options = {"max_tokens": sample.max_tokens, "temperature": sample.temperature, "seed": self.config.train.seed}
         answers = [
             self.tokenizer.decode(answer.ids, skip_special=True)
-            for answer in generate(self.model, prompts, **options, seed=self.config.train.seed)
+            for answer in generate(self.model, prompts, stop_ids=self.tokenizer.stop_ids, **options)
         ]
         self.run.log_samples(self.step, sample.prompts, answers)
         for prompt, answer in zip(sample.prompts, answers, strict=True):
@@ -345,14 +349,11 @@ def finetune(config: RunConfig, *, resume: bool = False) -> dict:
 def finish(trainer: Trainer) -> dict:
     """Writes the result, the plot, the summary and the page; returns the summary."""
     run, model = trainer.run, trainer.model
-    result = trainer.save_result()
-    lines = list(run.metrics())
-    losses = [line["loss"] for line in lines if "loss" in line]
-    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    losses, evaluations = ([line[key] for line in run.metrics() if key in line] for key in ("loss", "eval_loss"))
     summary = {
         "status": "done" if trainer.step == trainer.steps else "stopped",
         "folder": str(run.folder),
-        "result": str(result),
+        "result": str(trainer.save_result()),
         "base": trainer.config.model.path,
         "steps": trainer.step,
         "tokens": trainer.tokens,
@@ -435,8 +436,8 @@ def _train(asked: argparse.Namespace) -> int:
     summary = finetune(load_config(asked.source, asked.overrides), resume=asked.resume)
     if asked.json:
         print(json.dumps(summary))
-    folder, done = summary["folder"], summary["status"] == "done"
-    if done:
+    folder = summary["folder"]
+    if done := summary["status"] == "done":
         print(f"done: {summary['result']}\n  python -m lumen.chat {folder}", file=sys.stderr)
         print(f"  python -m lumen.export {folder} OUT --as gguf --quant q8_0", file=sys.stderr)
     else:
