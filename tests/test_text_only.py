@@ -337,6 +337,7 @@ def test_the_text_half_of_a_vision_checkpoint_in_nf4_keeps_its_blocks(tmp_path, 
     [
         {"target_modules": r".*language_model.*\.(q_proj|down_proj)"},
         {"target_modules": ["q_proj", "v_proj", "up_proj"], "use_rslora": True},
+        {"target_modules": "all-linear"},  # of every tower some
         {
             "target_modules": ["k_proj"],
             "rank_pattern": {r"model\.language_model\.layers\.1\.self_attn\.k_proj": 2},
@@ -361,11 +362,39 @@ def test_an_adapter_that_peft_trained_on_a_whole_vision_model_is_read_beside_its
     assert relative_error(logits(model), wanted) > 0.05
     load_adapter(model, tmp_path / "adapter")
     assert relative_error(logits(model), wanted) <= 1e-5
-    vision = [name for name in load_file(tmp_path / "adapter" / WEIGHTS_FILE) if "vision_tower" in name]
-    said = f"{len(vision)} tensors of the adapter change the vision half and are left aside."
-    assert any(said in message for message in caplog.messages) == bool(vision)
+    keys = load_file(tmp_path / "adapter" / WEIGHTS_FILE)
+    vision = [key for key in keys if not key.startswith("base_model.model.model.language_model.")]
+    assert vision or settings["target_modules"] != "all-linear"
+    said = [f"{tmp_path / 'adapter'}: {len(vision)} tensors of the adapter change the vision half and are left aside."]
+    assert [message for message in caplog.messages if "of the adapter" in message] == (said if vision else [])
     merge(tmp_path / "adapter", tmp_path / "merged")
     assert relative_error(logits(load_model(tmp_path / "merged")), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("shape", ["qwen2-vl", "qwen2.5-vl"])
+def test_an_adapter_with_the_names_that_transformers_4_had_for_qwen_is_read(tmp_path, caplog, shape):
+    """Text layers as of a text model, the tower beside them: as the hub's checkpoints of Qwen2-VL and 2.5-VL."""
+    theirs = vision_model(tmp_path / "base", shape)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / WEIGHTS_FILE
+    old = {
+        key.replace(".model.model.language_model.", ".model.model.").replace(
+            ".model.model.visual.", ".model.visual."
+        ): part
+        for key, part in load_file(path).items()
+    }
+    save_file(old, path, metadata={"format": "pt"})
+    vision = [key for key in old if key.startswith("base_model.model.visual.")]
+    assert vision and all(".model.model.layers." in key for key in old.keys() - set(vision))
+    model = load_model(tmp_path / "base")
+    load_adapter(model, tmp_path / "adapter")
+    assert relative_error(logits(model), theirs(TOKENS).logits) <= 1e-5
+    assert f"{len(vision)} tensors of the adapter change the vision half" in caplog.messages[-1]
 
 
 def test_an_embedding_that_peft_trained_in_a_vision_model_is_read(tmp_path):
