@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_models import llama, relative_error
+from tiny_models import family, llama, relative_error
 
 from lumen import ops
 from lumen.adapter import attach_lora
@@ -81,6 +81,28 @@ def test_an_mlp_recomputed_in_lots_has_the_same_gradients_and_runs_no_more_often
     for level in ("attention", "input"):
         found = gradients(level, 7)
         assert rows == [6] * 6 * len(model.blocks)  # three lots, forward and once more
+        assert all(relative_error(found[role], wanted[role]) < TOLERANCE for role in wanted)
+
+
+@pytest.mark.parametrize("shape", ["gemma2", "mixtral"])  # norms around each half; experts
+def test_all_weights_learn_the_same_in_lots_also_from_a_retained_graph(tmp_path, monkeypatch, shape):
+    family(tmp_path, shape)
+    model = load_model(tmp_path).requires_grad_(True).train()
+    tokens = torch.randint(1, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def gradients(level):
+        model.keeping = (Keeping(level),) * len(model.blocks)
+        total = model(tokens, positions_of(tokens)).square().sum()
+        for again in (True, False):
+            model.zero_grad()
+            total.backward(retain_graph=again)
+        return {role: parameter.grad for role, parameter in model.named_parameters() if parameter.grad is not None}
+
+    wanted = gradients("all")
+    monkeypatch.setattr(recompute, "MOST_ROWS", 5)
+    for level in ("attention", "input"):
+        found = gradients(level)
+        assert found.keys() == wanted.keys()
         assert all(relative_error(found[role], wanted[role]) < TOLERANCE for role in wanted)
 
 
