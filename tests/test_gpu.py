@@ -18,6 +18,7 @@ from lumen.ops.adamw import Averages, Moments, adamw
 from lumen.ops.linear_loss import linear_cross_entropy, linear_cross_entropy_reference
 from lumen.ops.nf4 import dequantize_nf4, dequantize_nf4_reference, quantize_nf4
 from lumen.ops.nf4_matvec import nf4_matvec
+from lumen.ops.product import add_product, product
 from lumen.ops.project import Projection, project
 from lumen.spec import Family
 from lumen.text.conversation import Encoded
@@ -124,6 +125,41 @@ def test_few_rows_meet_the_packed_weight(rows):
     x = random(rows, 4096, dtype=torch.bfloat16, learns=False)
     wanted = x.float() @ dequantize_nf4(packed, torch.float32).T
     assert ((nf4_matvec(x, packed).float() - wanted).norm() / wanted.norm()).item() <= 4e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("turned", [False, True])
+def test_large_products_are_those_of_pytorch(dtype, turned):
+    """By rows of any stride; of sizes that are no multiple of a tile; recorded as well."""
+    rows, outputs, inputs = 5000, 4224, 1032
+    x = random(rows, inputs + 128, dtype=dtype, learns=False)[:, :inputs]
+    w = random(*((outputs, inputs) if turned else (inputs, outputs)), dtype=dtype, learns=False)
+    w = w.T if turned else w
+    start = random(rows, outputs + 256, dtype=dtype, learns=False)[:, :outputs]
+    wanted = x.double() @ w.double()
+    found, added = product(x, w), add_product(start.clone(memory_format=torch.preserve_format), x, w)
+    into = torch.zeros(rows, outputs + 256, dtype=dtype, device="cuda")[:, :outputs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        add_product(into, x, w)
+    graph.replay()
+    torch.cuda.synchronize()
+    # half of the last of 8 or 11 bits; as PyTorch's, a product that is added has been rounded by itself
+    share = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    total = start.double() + wanted
+    bounds = (wanted.abs(), wanted.abs() + total.abs(), wanted.abs())
+    for one, other, bound in zip((found, added, into), (wanted, total, wanted), bounds, strict=True):
+        assert ((one.double() - other).abs() <= share * bound + 1e-3).all()
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert ops.explain()["product"].startswith("cublaslt")
+
+
+def test_a_product_that_is_small_or_lies_askew_is_pytorchs_own():
+    with ops.use("cublaslt", "product"):
+        for at, inputs, outputs in ((0, 4096, 64), (8, 512, 4096)):  # 8 values: it begins between 256 bytes
+            x = random(8192 * inputs + at, dtype=torch.bfloat16, learns=False)[at:].view(8192, inputs)
+            w = random(inputs, outputs, dtype=torch.bfloat16, learns=False)
+            assert product(x, w).equal(x @ w)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 30.0])

@@ -12,6 +12,9 @@ and ∂up twice: of the 11 passes over (N, F) of such a backward pass 5 are left
 Forward, a program has some rows and goes along F, with their waist in registers. Backward, a program has some columns
 and goes down N, with the columns' ∂B and ∂A in registers; what the columns add to ∂waist goes out in fp32, and a second
 kernel adds it up, as it does where a side was split among programs: always in the same order.
+
+What a pair adds to gate, up or ∂h is summed onto them in fp32, where the product that makes it begins its sum. The
+loops are told their stages: Triton fetches ahead by itself what a product multiplies, and not what it begins with.
 """
 
 from dataclasses import dataclass
@@ -47,17 +50,12 @@ class GatedGradients:
     waist: Tensor | None  # as the waist of gate and up; zeros behind their ranks
 
 
-def _added(waist: Tensor, u: Tensor) -> Tensor:
-    """What a pair adds, rounded; in fp32."""
-    return (waist.float() @ u.float()).to(waist.dtype).float()
-
-
 def _completed(gate: Tensor, up: Tensor, taken: Taken | None) -> list[Tensor]:
     """Gate and up with their updates, in fp32."""
     found, at = [gate.float(), up.float()], 0
     for i, u in enumerate(() if taken is None else taken[1:]):
         if u is not None:
-            found[i] = found[i] + _added(taken.waist[:, at : at + u.shape[1]], u.T)
+            found[i] = found[i] + taken.waist[:, at : at + u.shape[1]].float() @ u.float().T
             at += u.shape[1]
     return found
 
@@ -79,7 +77,7 @@ def gated_waist_gradient_reference(
     dtype, grad = gate.dtype, grad.float()
     gate, up = _completed(gate, up, taken)
     if pair is not None:
-        grad = grad + _added(*pair)
+        grad = grad + pair[0].float() @ pair[1].float()
     gate = gate.detach().requires_grad_()
     with torch.enable_grad():
         value = ACTIVATIONS[kind](gate)
@@ -134,19 +132,12 @@ def _rows(ptr, row, step, rows, RANK: tl.constexpr, R: tl.constexpr):
 
 
 @jit
-def _update(waist, u, INTERPRET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """What a pair adds to a tile (ROWS, COLUMNS), rounded, for rows of its waist, turned, and columns of uᵀ."""
-    update = dot(tl.trans(waist), u, tl.zeros((ROWS, COLUMNS), tl.float32), INTERPRET)
-    return _settled(rounded(update, u.dtype, INTERPRET), INTERPRET).to(tl.float32)
-
-
-@jit
 def _gated_waist_forward_kernel(
     gate_ptr, up_ptr, left_ptr, u_gate_ptr, u_up_ptr, a_ptr, h_ptr, waist_ptr, gate_row, up_row, left_row, a_row,
     rows, width, width_each, KIND: tl.constexpr,
     RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr, RANK: tl.constexpr,
     R_GATE: tl.constexpr, R_UP: tl.constexpr, R: tl.constexpr, WRITE: tl.constexpr,
-    INTERPRET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    INTERPRET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """h of ROWS rows, from one share of the columns, and what these add to the waist; R_… is 0 without a pair."""
     part = tl.program_id(1)
@@ -162,17 +153,17 @@ def _gated_waist_forward_kernel(
         r = tl.arange(0, R)
         a_at = a_ptr + r[:, None].to(tl.int64) * a_row
         waist = tl.zeros((R, ROWS), tl.float32)  # turned: of (ROWS, R) each warp would compute most
-    for begin in range(part * width_each, min((part + 1) * width_each, width), COLUMNS):
+    for begin in tl.range(part * width_each, min((part + 1) * width_each, width), COLUMNS, num_stages=STAGES):
         column = begin + tl.arange(0, COLUMNS)
         inside = (row[:, None] < rows) & (column[None, :] < width)
         gate = tl.load(gate_at + column[None, :], mask=inside, other=0.0).to(tl.float32)
         up = tl.load(up_at + column[None, :], mask=inside, other=0.0).to(tl.float32)
         if R_GATE:
             u_gate = _columns(u_gate_ptr, column, RANK_GATE, width, RANK_GATE, R_GATE)
-            gate += _update(left_gate, u_gate, INTERPRET, ROWS, COLUMNS)
+            gate = dot(tl.trans(left_gate), u_gate, gate, INTERPRET)
         if R_UP:
             u_up = _columns(u_up_ptr, column, RANK_UP, width, RANK_UP, R_UP)
-            up += _update(left_up, u_up, INTERPRET, ROWS, COLUMNS)
+            up = dot(tl.trans(left_up), u_up, up, INTERPRET)
         value, _ = _activation(gate, KIND, INTERPRET)
         value = rounded(value, dtype, INTERPRET).to(tl.float32)
         h = _settled(rounded(value * up, dtype, INTERPRET), INTERPRET)
@@ -212,7 +203,7 @@ def _gated_waist_backward_kernel(
     waist_row: tl.constexpr, grad_waist_row: tl.constexpr, KIND: tl.constexpr,
     RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr, RANK_DOWN: tl.constexpr,
     R_GATE: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr,
-    INTERPRET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    INTERPRET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All gradients of COLUMNS columns, from one share of the rows; R_… is 0 where there is no pair."""
     block, part = tl.program_id(0), tl.program_id(1)
@@ -232,7 +223,7 @@ def _gated_waist_backward_kernel(
         held = (r[:, None] < RANK_DOWN) & (column[None, :] < width)
         a = tl.load(a_ptr + r[:, None].to(tl.int64) * a_row + column[None, :], mask=held, other=0.0)
         product_down = tl.zeros((R_DOWN, COLUMNS), tl.float32)
-    for begin in range(part * rows_each, min((part + 1) * rows_each, rows), ROWS):
+    for begin in tl.range(part * rows_each, min((part + 1) * rows_each, rows), ROWS, num_stages=STAGES):
         row = begin + tl.arange(0, ROWS)
         row_64 = row[:, None].to(tl.int64)
         inside = (row[:, None] < rows) & (column[None, :] < width)
@@ -241,13 +232,13 @@ def _gated_waist_backward_kernel(
         up = tl.load(up_ptr + row_64 * up_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
         if R_GATE:
             waist_gate = _rows(waist_ptr, row, waist_row, rows, RANK_GATE, R_GATE)
-            gate += _update(waist_gate, u_gate, INTERPRET, ROWS, COLUMNS)
+            gate = dot(tl.trans(waist_gate), u_gate, gate, INTERPRET)
         if R_UP:
             waist_up = _rows(waist_ptr + RANK_GATE, row, waist_row, rows, RANK_UP, R_UP)
-            up += _update(waist_up, u_up, INTERPRET, ROWS, COLUMNS)
+            up = dot(tl.trans(waist_up), u_up, up, INTERPRET)
         if R_DOWN:
             grad_waist = _rows(grad_waist_ptr, row, grad_waist_row, rows, RANK_DOWN, R_DOWN)
-            grad += _update(grad_waist, a, INTERPRET, ROWS, COLUMNS)
+            grad = dot(tl.trans(grad_waist), a, grad, INTERPRET)
         value, slope = _activation(gate, KIND, INTERPRET)
         value = rounded(value, dtype, INTERPRET).to(tl.float32)
         grad_gate = _settled(rounded(grad * up * slope, dtype, INTERPRET), INTERPRET)
@@ -330,7 +321,7 @@ def gated_waist_forward(
     _gated_waist_forward_kernel[(blocks, shares)](
         gate, up, left, u_gate, u_up, a, gate if dead else h, to, gate.stride(0), up.stride(0), left.stride(0),
         a.stride(0), rows, width, each, kind, *ranks, rank, *map(_padded, ranks), _padded(rank), not dead, INTERPRETED,
-        tile.rows, tile.columns, num_warps=tile.warps, num_stages=tile.stages,
+        tile.rows, tile.columns, tile.stages, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if not rank:
         return h, None
@@ -387,7 +378,7 @@ def gated_waist_gradient(
             grad[lot], gate[lot], up[lot], grad_gate[lot], grad_up[lot], waist[lot], u_gate, u_up, grad_waist[lot], a,
             product, shares, gate.stride(0), up.stride(0), grad_gate.stride(0), grad_up.stride(0), a.stride(0),
             count, width, each, waist.stride(0), grad_waist.stride(0), kind, *ranks, *sizes, INTERPRETED,
-            tile.rows, tile.columns, num_warps=tile.warps, num_stages=tile.stages,
+            tile.rows, tile.columns, tile.stages, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if taken is not None:
             sum_parts(shares[: blocks * count * thin].view(blocks, count, thin), of_waist[lot], thin)

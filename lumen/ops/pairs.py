@@ -24,9 +24,8 @@ from lumen.ops.dora import row_lengths, scale_gradient, scale_rows, turned_lengt
 from lumen.ops.dropout import thin_rows
 from lumen.ops.fp8 import Fp8Weight, fp8_gradient
 from lumen.ops.nf4 import NF4
+from lumen.ops.product import add_product, product
 from lumen.ops.waist import MOST_WAIST, normed_product, waist_gradients
-
-NARROW, LOT = 4096, 2**25  # columns; values that are made at a time
 
 
 @dataclass(frozen=True)
@@ -89,20 +88,6 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float32:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
-
-
-def add_product(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """y (N, out) + x w, in place.
-
-    A narrow result is made some rows at a time: for all of them cuBLAS (13.0) takes tiles of 320 × 128 or 192 × 192 on
-    an H200, which are faster by themselves; but in a training step the chip is at its power limit, where the 256 × 128
-    that it takes for fewer rows do 2 to 3 % more.
-    """
-    lot = LOT // y.shape[1] if y.shape[1] <= NARROW else len(y)
-    for start in range(0, len(y), max(lot, 1)):
-        rows = slice(start, start + lot)
-        y[rows].addmm_(x[rows], w)
-    return y
 
 
 def _thin(plan: Plan, i: int, x: Tensor, seeds: Tensor | None, add_to: Tensor | None = None) -> Tensor:
@@ -185,7 +170,7 @@ def grad_inputs(
         if grad_waist is not None and not plan.thins:
             found.addmm_(grad_waist, stacked.a)
     elif grad_waist is None or plan.thins:
-        found = (grad if plan.thins else scaled) @ stacked.weight
+        found = product(grad if plan.thins else scaled, stacked.weight)
     else:
         return add_product(grad_waist @ stacked.a, scaled, stacked.weight)
     if not plan.thins:

@@ -47,7 +47,6 @@ from lumen.ops.nf4_matvec import MOST_VECTORS, few_inputs, nf4_products
 from lumen.ops.pairs import (
     Plan,
     Stacked,
-    add_product,
     grad_a,
     grad_dense,
     grad_inputs,
@@ -58,6 +57,7 @@ from lumen.ops.pairs import (
     waist_weight,
     waists,
 )
+from lumen.ops.product import add_product, product
 from lumen.ops.rms_norm import norm_backward, norm_forward, rms_norm
 
 
@@ -290,7 +290,7 @@ def _outputs(
         if plan.fp8 is not None:
             y = fp8_product(inputs, plan.fp8)
             return y if start is None else y.add_(start)
-        return inputs @ stacked.weight.T if start is None else torch.addmm(start, inputs, stacked.weight.T)
+        return product(inputs, stacked.weight.T) if start is None else torch.addmm(start, inputs, stacked.weight.T)
     alone = start is not None and start is residual
     if plan.fp8 is not None:
         y = fp8_product(inputs, plan.fp8)
