@@ -40,16 +40,21 @@ def explain() -> dict[str, str]:
 
 def choice(op: str, available: dict[str, str]) -> str:
     """The implementation to run: the forced one, else the first of `available` (name → reason, best first)."""
-    forced, ops = _forced[-1] if _forced else (None, ())
-    if forced is None or (ops and op not in ops):
+    name = forced(op)
+    if name is None:
         name = next(iter(available))
         _last[op] = (name, available[name])
-    elif forced in available:
-        name = forced
+    elif name in available:
         _last[op] = (name, "forced by ops.use")
     else:
-        raise KernelError(f"{op}: {forced!r} was forced, but only {', '.join(available)} can serve this call.")
+        raise KernelError(f"{op}: {name!r} was forced, but only {', '.join(available)} can serve this call.")
     return name
+
+
+def forced(op: str) -> str | None:
+    """The implementation of the operation that the innermost `use` forces, if it does."""
+    name, ops = _forced[-1] if _forced else (None, ())
+    return name if not ops or op in ops else None
 
 
 def uncompiled(function: Callable) -> Callable:

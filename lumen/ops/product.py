@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lumen.errors import KernelError
-from lumen.ops._choose import choice
+from lumen.ops._choose import choice, forced
 from lumen.ops._triton import processors
 
 TILE_256x128, TILE_176x128 = 24, 201  # cublasLtMatmulTile_t
@@ -98,13 +98,13 @@ class _Kernel:
 
     def _make(self, what: str, *arguments) -> c_void_p:
         made = c_void_p()
-        _done(getattr(self.library, f"cublasLt{what}Create")(ctypes.byref(made), *arguments))
+        _check(getattr(self.library, f"cublasLt{what}Create")(ctypes.byref(made), *arguments))
         self.made.append((what, made))
         return made
 
     def _set(self, what: str, made: c_void_p, attribute: int, value: c_int | c_size_t) -> None:
         set_attribute = getattr(self.library, f"cublasLt{what}SetAttribute")
-        _done(set_attribute(made, attribute, ctypes.byref(value), c_size_t(ctypes.sizeof(value))))
+        _check(set_attribute(made, attribute, ctypes.byref(value), c_size_t(ctypes.sizeof(value))))
 
     def _find(self, tiles: tuple[int, ...]) -> _Algorithm | None:
         """The library's first answer with the first of these tiles that it has at all."""
@@ -128,7 +128,7 @@ class _Kernel:
         at_y, of_y = c_void_p(y.data_ptr()), ctypes.byref(c_float(add))
         stream = torch.cuda.current_stream(y.device).cuda_stream
         workspace = c_void_p(_workspace(y.device, stream).data_ptr())
-        _done(
+        _check(
             self.library.cublasLtMatmul(
                 self.handle, self.how, ctypes.byref(c_float(1)), c_void_p(w.data_ptr()), self.w,
                 c_void_p(x.data_ptr()), self.x, of_y, at_y, self.y, at_y, self.y,
@@ -148,7 +148,7 @@ def _workspace(device: torch.device, stream: int) -> Tensor:
     return torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
 
 
-def _done(status: int) -> None:
+def _check(status: int) -> None:
     if status:
         raise KernelError(f'cuBLASLt failed with status {status}. `ops.use("reference", "product")` does without it.')
 
@@ -171,8 +171,10 @@ def _large(x: Tensor, w: Tensor, y: Tensor) -> _Kernel | None:
     found = _kernel(device, x.dtype, sizes, turned, strides)
     if found.algorithm is None:
         return None
-    available = {"cublaslt": "tiles of 256 × 128 or 176 × 128 do most at the power limit", "reference": "PyTorch's own"}
-    return found if choice("product", available) == "cublaslt" else None
+    if forced("product") not in (None, "cublaslt"):  # another one is forced on all operations
+        return None
+    choice("product", {"cublaslt": "its tiles of 256 × 128 or 176 × 128 do most at the power limit"})
+    return found
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
