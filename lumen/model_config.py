@@ -27,15 +27,14 @@ def _classic_spelling(config: dict, where: str) -> dict:
         config.setdefault("torch_dtype", config.pop("dtype"))
     scaling = config.get("rope_scaling") or {}
     if parameters := config.pop("rope_parameters", None):
-        if not isinstance(parameters, dict):
-            raise SpecError(f"{where}: rope_parameters wants an object, found {parameters!r}.")
+        _object(parameters, "rope_parameters", where)
         scaling = dict(parameters)
         if windowed := scaling.pop(LAYER_TYPES["window"], None):
             config["rope_local_base_freq"] = _plain_theta(windowed, where)
-        scaling = dict(scaling.pop(LAYER_TYPES["full"], scaling))
+        full = scaling.pop(LAYER_TYPES["full"], scaling)
+        scaling = dict(_object(full, f"rope_parameters.{LAYER_TYPES['full']}", where))
         config["rope_theta"] = scaling.pop("rope_theta", config.get("rope_theta"))
-    if not isinstance(scaling, dict):
-        raise SpecError(f"{where}: rope_scaling wants an object, found {scaling!r}.")
+    _object(scaling, "rope_scaling", where)
     scaling = dict(scaling)
     if (share := scaling.pop("partial_rotary_factor", None)) is not None:  # it counts beside "default", too
         config["partial_rotary_factor"] = share
@@ -49,8 +48,15 @@ def _classic_spelling(config: dict, where: str) -> dict:
 
 def _plain_theta(parameters: dict, where: str) -> float | None:
     """`rope_theta` of the window layers, whose positions no known family scales."""
+    _object(parameters, f"rope_parameters.{LAYER_TYPES['window']}", where)
     if (kind := parameters.get("rope_type", "default")) != "default":
         raise SpecError(
             f"{where}: rope_parameters.{LAYER_TYPES['window']}.rope_type is {kind!r}; only 'default' is known there."
         )
     return parameters.get("rope_theta")
+
+
+def _object(found: object, key: str, where: str) -> dict:
+    if not isinstance(found, dict):
+        raise SpecError(f"{where}: {key} wants an object, found {found!r}.")
+    return found

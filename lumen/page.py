@@ -10,7 +10,7 @@ one family is trained with several · revisit when a runtime needs a name that t
 """
 
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 
@@ -31,8 +31,10 @@ ROPE_KINDS = {  # what each kind reads beside theta
         *("attention_factor", "mscale", "mscale_all_dim"),
     ),
     "longrope": ("factor", "trained_length", "short", "long", "attention_factor"),
-    "mrope": ("sections",),
+    "mrope": ("sections", "interleaved"),
 }
+ROPE_TYPES = {"plain": "default", "mrope": "default"}  # kinds that config.json calls otherwise
+ROPE_LISTS = ("short", "long", "sections")  # what a kind reads off a list of config.json, which has no default
 CHOICES = {
     "block.norm": ("rms", "rms_plus_one"),
     "block.norm_at": ("before", "around"),
@@ -181,7 +183,12 @@ def read_page(name: str) -> Page:
     if name not in page_names():
         raise SpecError(f"There is no page model_specs/{name}.toml.{closest(name, page_names())}")
     where = f"model_specs/{name}.toml"
-    page = schema.read(Page, tomllib.loads((_pages() / f"{name}.toml").read_text("utf-8")), where, SpecError)
+    return parse_page((_pages() / f"{name}.toml").read_text("utf-8"), where)
+
+
+def parse_page(text: str, where: str) -> Page:
+    """The page that `text` holds as TOML, `where` in messages; SpecError for unknown words."""
+    page = schema.read(Page, tomllib.loads(text), where, SpecError)
     _check_words(page, where)
     return page
 
@@ -217,15 +224,48 @@ def _check_words(page: Page, where: str) -> None:
             continue
         if (word := getattr(found, name)) not in choices:
             raise SpecError(f"{where}: {key} is {word!r}; known: {', '.join(choices)}.{closest(word, choices)}")
-    for kind, rope in page.rope.items():
-        if kind != "full" and not isinstance(rope.kind, str):
-            raise SpecError(f"{where}: rope.{kind}.kind wants one word; config.json chooses among those of rope.full.")
-        for word in [rope.kind] if isinstance(rope.kind, str) else rope.kind:
-            if word not in ROPE_KINDS:
-                raise SpecError(f"{where}: rope.{kind}.kind is {word!r}; known: {', '.join(ROPE_KINDS)}.")
+    if unknown := set(page.rope) - {"full", "window"}:
+        raise SpecError(f"{where}: has sections of rope for {sorted(unknown)}; known: full, window.")
+    for layers, rope in page.rope.items():
+        _check_rope(layers, rope, _rope_kinds(layers, rope, where), where)
     if unknown := set(page.attention.layers) - {"full", "window"}:
         raise SpecError(f"{where}: attention.layers names {sorted(unknown)}; known: full, window.")
     if unknown := set(page.attention.bias) - {"q", "k", "v", "o"}:
         raise SpecError(f"{where}: attention.bias names {sorted(unknown)}; known: q, k, v, o.")
     if "full" not in page.rope:
         raise SpecError(f"{where}: wants a section [rope.full].")
+
+
+def _rope_kinds(layers: str, rope: RopePage, where: str) -> list[str]:
+    """The kinds that a section names; refuses unknown ones, and such as config.json does not tell apart."""
+    if layers != "full" and not isinstance(rope.kind, str):
+        raise SpecError(f"{where}: rope.{layers}.kind wants one word; config.json chooses among those of rope.full.")
+    kinds = [rope.kind] if isinstance(rope.kind, str) else rope.kind
+    if not kinds:
+        raise SpecError(f"{where}: rope.{layers}.kind wants a word or several, found none.")
+    named: dict[str, str] = {}  # as config.json calls a kind → the kind
+    for kind in kinds:
+        if kind not in ROPE_KINDS:
+            raise SpecError(f"{where}: rope.{layers}.kind is {kind!r}; known: {', '.join(ROPE_KINDS)}.")
+        word = ROPE_TYPES.get(kind, kind)
+        if word in named:
+            raise SpecError(
+                f"{where}: rope.{layers}.kind names {named[word]!r} and {kind!r}, and config.json calls both {word!r}. "
+                f"Leave one, and give the other a page of its own that [match] tells apart."
+            )
+        named[word] = kind
+    return kinds
+
+
+def _check_rope(layers: str, rope: RopePage, kinds: list[str], where: str) -> None:
+    """Refuses a setting that none of the kinds reads, and lists that one of them reads and the page does not name."""
+    read = {name for kind in kinds for name in ROPE_KINDS[kind]}
+    for setting in fields(RopePage):
+        name, found = setting.name, getattr(rope, setting.name)
+        if name in ROPE_LISTS and name in read and not found:
+            raise SpecError(f"{where}: rope.{layers}.{name} wants a key of config.json, found none.")
+        if name not in ("kind", "theta", "partial") and name not in read and found != setting.default:
+            raise SpecError(
+                f"{where}: rope.{layers}.{name} is {found!r}, and no rope of kind {' or '.join(map(repr, kinds))} "
+                f"reads it. Remove it, or name a kind that does."
+            )

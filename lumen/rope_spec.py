@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from lumen.errors import SpecError
-from lumen.page import ROPE_KINDS, Number, Page, RopePage, lookup
+from lumen.page import ROPE_KINDS, ROPE_TYPES, Number, Page, RopePage, lookup
 
-ROPE_TYPES = {"plain": "default", "mrope": "default"}  # kinds that config.json calls otherwise
 GGUF_TENSORS = {"longrope": ("rope_factors_long", "rope_factors_short")}  # what a kind adds to a GGUF file
+LONGEST = 2**31 - 1  # tokens that a model may have been trained with at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class RopeSpec:
     short: tuple[float, ...] = ()  # divisors of the frequencies, up to the trained length and beyond it
     long: tuple[float, ...] = ()
     sections: tuple[int, ...] = ()  # pairs that turn by each part of a position: time, height, width
-    interleaved: bool = False  # whether these take turns
+    interleaved: bool = False  # whether these take turns; of mrope alone
     attention_factor: float = 1.0  # what cos and sin are multiplied by, and q·k therefore by its square
 
 
@@ -49,7 +49,17 @@ class RopeSource:
     number: Callable[[str, Number], float]  # (what it is, how the page says it) → the number
 
     def get(self, name: str) -> float:
-        return self.number(f"rope.{self.layers}.{name}", getattr(self.page, name))
+        return self.resolve(f"rope.{self.layers}.{name}", getattr(self.page, name))
+
+    def resolve(self, what: str, said: Number) -> float:
+        """`number`, but SpecError for one that would be none, 0 or infinite once it is computed with."""
+        found = self.number(what, said)
+        if not _fp32_holds(found):
+            keys = [word for word in (said if isinstance(said, list) else [said]) if isinstance(word, str)]
+            raise SpecError(
+                f"{self.where}: {' or '.join(keys) or what} wants a number that fp32 can hold, found {_short(found)}."
+            )
+        return found
 
 
 def bind_ropes(
@@ -70,14 +80,16 @@ def _bind_rope(source: RopeSource, head_dim: int) -> RopeSpec:
         _refuse_unread_keys(source, kind)
     else:  # rope_scaling speaks of the other layers
         (kind,) = kinds
-    words = {"truncate": _truncate, "short": _divisors, "long": _divisors, "sections": _sections}
+    words = {
+        **{"trained_length": _trained_length, "truncate": _truncate, "short": _divisors, "long": _divisors},
+        **{"sections": _sections, "interleaved": lambda source, name: source.page.interleaved},
+    }
     own = {name: words[name](source, name) if name in words else source.get(name) for name in ROPE_KINDS[kind]}
     own = _with_attention_factor(kind, own | {"theta": float(source.get("theta"))}, source)
     known = {field.name for field in fields(RopeSpec)}
     spec = RopeSpec(
         kind=kind,
         turned=_turned(source, head_dim),
-        interleaved=source.page.interleaved,
         **{name: value for name, value in own.items() if name in known},
     )
     _check(spec, source)
@@ -90,7 +102,7 @@ def _choose_kind(source: RopeSource, kinds: list[str]) -> str:
     if "linear" in types:
         types.setdefault("default", "linear")  # by a factor of 1, which such pages name as the other choice
     found = lookup(source.config, "rope_scaling.rope_type") or "default"
-    if found not in types:
+    if not isinstance(found, str) or found not in types:
         wanted = " or ".join(map(repr, types))
         raise SpecError(
             f"{source.where}: rope_scaling.rope_type is {found!r}; family {source.family!r} wants {wanted}."
@@ -129,6 +141,27 @@ def _turned(source: RopeSource, head_dim: int) -> int:
     return turned
 
 
+def _fp32_holds(value: float) -> bool:
+    """Whether fp32, which frequencies and the numbers of a GGUF file are held in, has `value` as a normal number."""
+    return value == 0 or 2.0**-126 <= abs(value) < 2.0**128  # NaN is in no range; Python compares its long integers
+
+
+def _short(value: float) -> str:
+    """`value` for a message, which hundreds of digits would bury."""
+    digits = repr(value)
+    return digits if len(digits) <= 40 else f"{digits[:20]}… of {len(digits)} digits"
+
+
+def _trained_length(source: RopeSource, name: str) -> int:
+    found = source.get(name)
+    if found != int(found) or not 2 <= found <= LONGEST:
+        raise SpecError(
+            f"{source.where}: rope wants the whole number of tokens, from 2 to {LONGEST}, that the model was trained "
+            f"with, found {found}."
+        )
+    return int(found)
+
+
 def _truncate(source: RopeSource, name: str) -> bool:
     found = lookup(source.config, source.page.truncate)
     if found is not None and not isinstance(found, bool):
@@ -140,9 +173,10 @@ def _divisors(source: RopeSource, name: str) -> tuple[float, ...]:
     key = getattr(source.page, name)
     found = lookup(source.config, key)
     if not isinstance(found, list) or not all(
-        isinstance(value, int | float) and not isinstance(value, bool) and value > 0 for value in found
+        isinstance(value, int | float) and not isinstance(value, bool) and value > 0 and _fp32_holds(value)
+        for value in found
     ):
-        raise SpecError(f"{source.where}: {key} wants a list of numbers above 0, found {found!r}.")
+        raise SpecError(f"{source.where}: {key} wants a list of numbers above 0, which fp32 can hold; found {found!r}.")
     return tuple(map(float, found))
 
 
@@ -160,13 +194,8 @@ def _with_attention_factor(kind: str, own: dict, source: RopeSource) -> dict:
     """`own` with the factor that config.json names, or the one that transformers derives where it names none."""
     if "attention_factor" not in own:
         return own
-    own["trained_length"] = int(own["trained_length"])
-    if own["trained_length"] < 2:
-        raise SpecError(
-            f"{source.where}: rope wants the length that the model was trained with, found {own['trained_length']}."
-        )
     if kind == "longrope" and not own["factor"]:
-        own["factor"] = source.config["max_position_embeddings"] / own["trained_length"]
+        own["factor"] = source.resolve("the context", "max_position_embeddings") / own["trained_length"]
     if not own["attention_factor"]:
         own["attention_factor"] = (_yarn_factor if kind == "yarn" else _longrope_factor)(own)
     return own if kind == "yarn" else own | {"factor": 1.0}  # of longrope nothing else comes from it
@@ -179,7 +208,8 @@ def _yarn_factor(own: dict) -> float:
         return 0.1 * weight * math.log(own["factor"]) + 1.0 if own["factor"] > 1 else 1.0
 
     if own.get("mscale") and own.get("mscale_all_dim"):
-        return term(own["mscale"]) / term(own["mscale_all_dim"])
+        whole = term(own["mscale_all_dim"])
+        return term(own["mscale"]) / whole if whole else 0.0  # which is refused
     return term(1.0)
 
 
@@ -202,8 +232,10 @@ def _check(spec: RopeSpec, source: RopeSource) -> None:
             f"{where}: rope_scaling wants 0 < beta_slow <= beta_fast and a rope_theta above 1, "
             f"found {spec.beta_slow}, {spec.beta_fast} and {spec.theta}."
         )
-    if spec.attention_factor <= 0:
-        raise SpecError(f"{where}: attention_factor wants a number above 0, found {spec.attention_factor}.")
+    if spec.attention_factor <= 0 or not _fp32_holds(spec.attention_factor):
+        raise SpecError(
+            f"{where}: attention_factor wants a number above 0, which fp32 can hold; found {spec.attention_factor}."
+        )
     if spec.kind == "mrope" and sum(spec.sections) != spec.turned // 2:
         raise SpecError(
             f"{where}: {source.page.sections} wants numbers that sum to {spec.turned // 2}, one for each pair of the "

@@ -336,6 +336,8 @@ def _integer(config: dict, key: str, where: str, default: int | None = None) -> 
         value = default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise SpecError(f"{where}: {key} wants a positive whole number, found {value!r}.")
+    if value >= 2**31:
+        raise SpecError(f"{where}: {key} wants a whole number below 2^31, found {value}.")
     return value
 
 
@@ -355,6 +357,8 @@ class _Numbers:
                 continue
             if not isinstance(found, int | float) or isinstance(found, bool):
                 raise SpecError(f"{self.where}: {option} wants a number, found {found!r}.")
+            if found != found or abs(found) == float("inf"):  # JSON as Python reads it knows NaN and Infinity
+                raise SpecError(f"{self.where}: {option} wants a number that fp32 can hold, found {found!r}.")
             return found
         raise SpecError(
             f"{self.where}: {what} of page {self.page!r} wants {' or '.join(map(repr, options))}, found neither."

@@ -35,6 +35,7 @@ REFUSED = {  # why no page has it
 
 VISION_KEYS = ("vision_", "image_", "video_")  # how keys begin that a config.json which does not nest has for its tower
 MROPE_KEYS = ("mrope_section", "mrope_interleaved")
+ROPE_PLACES = ("rope_scaling", "rope_parameters")
 TEXT_TYPES = {  # model_type of a text half → that of the text model, which for a text computes the same
     **dict.fromkeys(("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"), "qwen2"),
     "qwen3_vl_text": "qwen3",
@@ -60,8 +61,11 @@ def text_config(config: dict, where: str) -> dict:
         text = {key: value for key, value in config.items() if not key.startswith(VISION_KEYS)}
     else:
         text = dict(config)
-    if text.get("model_type") in TEXT_TYPES:
+    has_parts = isinstance(text.get("model_type"), str) and text["model_type"] in TEXT_TYPES
+    if has_parts:
         text["model_type"] = TEXT_TYPES[text["model_type"]]
+    if has_parts and ("text_config" in config or "vision_config" in config):
+        _check_sections(text, "text_config." if "text_config" in config else "", where)
     vision = config.get("vision_config")
     if isinstance(vision, dict) and isinstance(fed := vision.get("deepstack_visual_indexes"), list):
         text["deepstack_layers"] = len(fed)
@@ -80,10 +84,23 @@ def _nested(config: dict, where: str) -> dict:
     return text
 
 
+def _check_sections(text: dict, place: str, where: str) -> None:
+    """SpecError for a vision model of three-part positions whose rope does not divide the pairs among the parts."""
+    ropes = {name: text[name] for name in ROPE_PLACES if text.get(name) is not None}
+    if not all(isinstance(rope, dict) for rope in ropes.values()):  # refused where a rope is read
+        return
+    if _with_sections_beside(text).get("mrope_section") is None:
+        raise SpecError(
+            f"{where}: {place}{next(iter(ropes), ROPE_PLACES[0])}.mrope_section wants three whole numbers, how many "
+            f"pairs of components turn by time, height and width; found none. Copy it from the config.json that the "
+            f"model was published with."
+        )
+
+
 def _with_sections_beside(config: dict) -> dict:
     """`config` with the keys of mrope at its top, and a rope that is of the default type where it was called mrope."""
     lifted, ropes = {}, {}
-    for place in ("rope_scaling", "rope_parameters"):
+    for place in ROPE_PLACES:
         rope = config.get(place)
         if not isinstance(rope, dict) or "mrope_section" not in rope:
             continue

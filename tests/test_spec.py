@@ -114,3 +114,20 @@ def test_the_pages_of_one_architecture_never_tie():
     for changes in ({}, {"vocab_size": 128256}, {"rope_scaling": LLAMA3_SCALING}):
         config = LLAMA | {"rope_scaling": {"rope_type": "default"}} | changes
         assert find_family(config).page.name in Family.names()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_parameters": {"full_attention": 5}}, "rope_parameters.full_attention wants an object, found 5"),
+        ({"rope_parameters": {"sliding_attention": [1]}}, "rope_parameters.sliding_attention wants an object"),
+        ({"hidden_size": 10**400}, "hidden_size wants a whole number below 2^31"),
+        ({"head_dim": 2**40}, "head_dim wants a whole number below 2^31"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps wants a number that fp32 can hold, found nan"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps wants a number that fp32 can hold, found inf"),
+    ],
+)
+def test_what_would_end_in_a_traceback_is_refused(tmp_path, changes, words):
+    with pytest.raises(SpecError) as refused:
+        spec_of(tmp_path, **changes)
+    assert words in str(refused.value) and "config.json" in str(refused.value)

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from llama_cpp import LlamaCpp
+from llama_cpp import FOLDER, LlamaCpp
 from test_text_only import QWENS, SECTIONS, SHAPES, TOKENS, change_config, logits, refusal, vision_model
 from tiny_models import relative_error
 
@@ -97,7 +97,7 @@ def test_what_a_text_config_may_leave_out_is_what_transformers_fills_in(tmp_path
     ("shape", "rope", "words"),
     [
         ("qwen2.5-vl", {"mrope_section": [16, 24, 24]}, "mrope_section wants numbers that sum to 16"),
-        ("qwen2.5-vl", {"mrope_section": None}, "qwen2-vl wants mrope_section = present, found None"),
+        ("qwen2.5-vl", {"mrope_section": None}, "text_config.rope_parameters.mrope_section wants three whole numbers"),
         ("qwen2.5-vl", {"mrope_interleaved": True}, "mrope_interleaved is True; family 'qwen2-vl' wants False"),
         ("qwen2.5-vl", {"type": "yarn", "factor": 4.0}, "rope_type is 'yarn'; family 'qwen2-vl' wants 'default'"),
         ("qwen3-vl", {"mrope_interleaved": False}, "mrope_interleaved is False; family 'qwen3-vl' wants True"),
@@ -109,6 +109,41 @@ def test_positions_that_are_not_those_of_the_vision_model_are_refused(tmp_path, 
     vision_model(tmp_path, shape)
     change_config(tmp_path, lambda config: config["text_config"]["rope_parameters"].update(rope))
     assert words in refusal(tmp_path) and str(tmp_path / "config.json") in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "ropes", "words"),
+    [
+        ("qwen3-vl", {"rope_scaling": None}, "text_config.rope_scaling.mrope_section wants three whole numbers"),
+        ("qwen3-vl", {}, "text_config.rope_scaling.mrope_section wants three whole numbers"),
+        ("qwen2-vl", {"rope_scaling": {"type": "mrope"}}, "text_config.rope_scaling.mrope_section wants three whole"),
+        ("qwen2-vl", {"rope_scaling": ["mrope"]}, "rope_scaling wants an object, found ['mrope']"),
+        ("qwen2-vl", {"model_type": ["qwen2_vl_text"]}, "model_type is ['qwen2_vl_text']; family 'qwen2-vl' wants"),
+    ],
+)
+def test_a_vision_model_without_sections_is_told_where_they_belong(tmp_path, shape, ropes, words):
+    vision_model(tmp_path, shape)
+
+    def edit(config):
+        if "model_type" not in ropes:
+            config["text_config"].pop("rope_parameters")
+        config["text_config"] |= {"rope_theta": 1e6} | ropes
+
+    change_config(tmp_path, edit)
+    assert words in refusal(tmp_path) and str(tmp_path / "config.json") in refusal(tmp_path)
+
+
+def test_sections_may_stand_in_either_rope(tmp_path):
+    vision_model(tmp_path, "qwen2-vl")
+    found = load_family(tmp_path).rope
+    change_config(tmp_path, lambda config: config["text_config"].update(rope_scaling={"rope_type": "default"}))
+    assert load_family(tmp_path).rope == found and found.sections == tuple(SECTIONS)
+
+
+def test_without_a_text_config_the_sections_belong_at_the_top(tmp_path):
+    config = {"architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl", "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert f"{tmp_path}/config.json: rope_scaling.mrope_section wants three whole numbers" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("shape", QWENS)
@@ -179,6 +214,23 @@ def test_pairs_that_llama_cpp_does_not_turn_in_a_text_are_told(tmp_path):
         assert relative_error(found, logits(model)[0]) > 0.01
         model.rotation._frequencies["full"][[13, 14]] = 0
         assert (found - logits(model)[0]).abs().max() <= 2e-4
+
+
+def test_the_epsilon_that_llama_cpp_does_not_add_is_told_with_its_version(tmp_path):
+    """A large one, which the logits show: they are those of a model without it."""
+    vision_model(tmp_path, "qwen2-vl")
+    change_config(tmp_path, lambda config: config["text_config"].update(rms_norm_eps=0.1))
+    report = write_gguf(tmp_path, tmp_path / "f32.gguf", "f32")
+    model = load_model(tmp_path)
+    change_config(tmp_path, lambda config: config["text_config"].update(rms_norm_eps=0.0))
+    without = load_model(tmp_path)
+    with LlamaCpp(report.path) as loaded, torch.no_grad():
+        found = loaded.logits(TOKENS[0].tolist())
+        assert (found - logits(without)[0]).abs().max() <= 2e-4
+        assert relative_error(found, logits(model)[0]) > 0.01
+    version = json.loads((FOLDER / "_nlcBuildMetadata.json").read_text())["buildOptions"]["llamaCpp"]["release"]
+    (told,) = report.differences
+    assert told.startswith(f"Norms: in a 'qwen2vl' model llama.cpp {version.removeprefix('v')} adds no epsilon")
 
 
 def test_what_llama_cpp_does_not_turn_of_the_published_size_is_little(tmp_path):

@@ -322,12 +322,12 @@ def told_of_llama_cpp(spec: ModelSpec) -> tuple[str, ...]:
     rope, told = spec.rope, []
     if not spec.gguf.reads_norm_eps:
         told.append(
-            f"Norms: in a {spec.gguf.arch!r} model llama.cpp adds no epsilon, and this one was made for "
-            f"{spec.norm_eps:g}: its logits differ slightly."
+            f"Norms: in a {spec.gguf.arch!r} model llama.cpp 0.5.0 adds no epsilon (older versions may), and this one "
+            f"was made for {spec.norm_eps:g}: its logits differ slightly."
         )
     # Once height or width has all its pairs, time has what would have been theirs; llama.cpp turns those by a fourth
     # part of a position, which is 0 in a text.
-    pairs = range(rope.turned // 2 if rope.interleaved else 0)
+    pairs = range(rope.turned // 2 if rope.kind == "mrope" and rope.interleaved else 0)
     if still := [pair for pair in pairs if pair >= 3 * rope.sections[pair % 3]]:
         angle = spec.context_length * rope.theta ** (-2 * still[0] / rope.turned)
         told.append(

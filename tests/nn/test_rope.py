@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbeddin
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from lumen.errors import KernelError, SpecError
+from lumen.export.gguf import told_of_llama_cpp
 from lumen.nn.rope import Rotation, document_ends
 from lumen.ops.rotary import rotary
-from lumen.page import RopePage
+from lumen.page import Page, RopePage, parse_page
 from lumen.spec import Family, ModelSpec, load_family
 
 TRAINED = 32  # tokens
@@ -258,7 +261,23 @@ def test_only_the_first_part_of_a_head_turns(width):
         ("Qwen2", {"rope_scaling": YARN}, {"beta_fast": 0.5}, "0 < beta_slow <= beta_fast"),
         ("Qwen2", {"rope_scaling": YARN}, {"truncate": "no"}, "rope_scaling.truncate wants true or false, found 'no'"),
         ("Qwen2", {"rope_scaling": YARN}, {"attention_factor": -1.0}, "attention_factor wants a number above 0"),
-        ("Qwen2", {"rope_scaling": YARN}, {"original_max_position_embeddings": 1}, "trained with, found 1"),
+        ("Qwen2", {"rope_scaling": YARN}, {"original_max_position_embeddings": 1}, "was trained with, found 1."),
+        ("Qwen2", {"rope_scaling": YARN}, {"original_max_position_embeddings": 32.5}, "trained with, found 32.5."),
+        ("Qwen2", {"rope_scaling": YARN}, {"original_max_position_embeddings": 2**31}, "with, found 2147483648"),
+        ("Qwen2", {"rope_scaling": YARN}, {"factor": math.nan}, "rope_scaling.factor wants a number that fp32"),
+        ("Qwen2", {"rope_scaling": YARN}, {"factor": 10**400}, "found 10000000000000000000… of 401 digits"),
+        ("Qwen2", {"rope_scaling": YARN}, {"beta_fast": math.inf}, "beta_fast wants a number that fp32 can hold"),
+        ("Qwen2", {"rope_scaling": YARN}, {"beta_slow": 1e-320}, "beta_slow wants a number that fp32 can hold"),
+        ("Qwen2", {}, {"rope_theta": math.nan}, "rope_theta wants a number that fp32 can hold, found nan"),
+        ("Qwen2", {"rope_scaling": YARN}, {"rope_type": ["yarn"]}, "rope_type is ['yarn']; family 'qwen2' wants"),
+        (
+            "Qwen2",
+            {"rope_scaling": YARN | {"factor": math.e}},
+            {"mscale": 1.0, "mscale_all_dim": -10.0},
+            "attention_factor wants a number above 0",
+        ),
+        ("Phi3", TABLES["longrope"][1], {"long_factor": [*LONG[:5], math.inf]}, "which fp32 can hold"),
+        ("Phi3", TABLES["longrope"][1], {"long_factor": [*LONG[:5], 10**400]}, "which fp32 can hold"),
         ("Llama", TABLES["llama3"][1], {"mscale": 1.0}, "rope_scaling.mscale is 1.0, and the rope 'llama3'"),
         ("Phi3", TABLES["longrope"][1], {"long_factor": LONG[:5]}, "rope_scaling.long_factor wants 6 numbers"),
         ("Phi3", TABLES["longrope"][1], {"short_factor": "1.0"}, "short_factor wants a list of numbers above 0"),
@@ -293,3 +312,62 @@ def test_a_yarn_context_is_as_long_as_yarn_makes_it(tmp_path):
     settings = {"rope_scaling": YARN, "max_position_embeddings": TRAINED}
     assert bound(tmp_path, "Qwen2", settings).context_length == 4 * TRAINED
     assert bound(tmp_path, "Qwen2", settings | {"max_position_embeddings": 400}).context_length == 400
+
+
+# --- which pages are refused -----------------------------------------------------------------------------------------
+
+MROPE = 'sections = "mrope_section"\ninterleaved = true\n'
+YARN_SIZES = 'factor = "rope_scaling.factor"\ntrained_length = "max_position_embeddings"\n'
+WINDOW = "\n[rope.window]\ntheta = 1e4\n"
+
+
+def page_with(rope: str) -> Page:
+    """The page of Qwen3-VL with another rope."""
+    text = (Path(__file__).parents[2] / "model_specs/qwen3-vl.toml").read_text()
+    before, rest = text.split("[rope.full]")
+    rest = rest[rest.index("[sizes]") :]
+    return parse_page(f'{before}[rope.full]\ntheta = "rope_theta"\n{rope}\n{rest}', "made.toml")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "more"),
+    [('["mrope", "linear"]', 'factor = ["rope_scaling.factor", 1.0]'), ('["yarn", "mrope"]', YARN_SIZES)],
+)
+def test_beside_another_kind_mrope_alone_has_parts_that_take_turns(tmp_path, kinds, more):
+    """llama.cpp turns every pair of the others."""
+    write_config(tmp_path, "Qwen3", {"head_dim": 16})
+    config = json.loads((tmp_path / "config.json").read_text()) | {"rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    family = Family(page_with(f"kind = {kinds}\n{MROPE}{more}"))
+    mrope = family.bind(config | {"rope_scaling": {"rope_type": "default"}})
+    assert (mrope.rope.kind, mrope.rope.sections, mrope.rope.interleaved) == ("mrope", (4, 2, 2), True)
+    assert told_of_llama_cpp(mrope)[0].startswith("Positions: 1 of the 8 pairs")
+    other = next(word for word in ("linear", "yarn") if word in kinds)
+    found = family.bind(config | {"rope_scaling": {"rope_type": other, "factor": 2.0}})
+    assert (found.rope.kind, found.rope.sections, found.rope.interleaved) == (other, (), False)
+    plain = replace(mrope.layers[0].rope, kind="plain", sections=())
+    for spec in (found, replace(mrope, layers=(replace(mrope.layers[0], rope=plain),))):
+        assert told_of_llama_cpp(spec) == ()
+
+
+@pytest.mark.parametrize(
+    ("rope", "words"),
+    [
+        ('kind = "plain"\ninterleaved = true', "rope.full.interleaved is True, and no rope of kind 'plain' reads it"),
+        ('kind = ["plain", "yarn"]\nsections = "x"', "sections is 'x', and no rope of kind 'plain' or 'yarn' reads it"),
+        ('kind = "linear"\nbeta_fast = 4.0', "rope.full.beta_fast is 4.0, and no rope of kind 'linear'"),
+        (f'kind = ["plain", "mrope"]\n{MROPE}', "names 'plain' and 'mrope', and config.json calls both 'default'"),
+        (f'kind = ["mrope", "linear", "plain"]\n{MROPE}', "names 'mrope' and 'plain', and config.json calls both"),
+        ('kind = ["yarn", "yarn"]', "names 'yarn' and 'yarn', and config.json calls both 'yarn'"),
+        ("kind = []", "rope.full.kind wants a word or several, found none"),
+        ('kind = "mrope"', "rope.full.sections wants a key of config.json, found none"),
+        ('kind = "longrope"\nlong = "x"', "rope.full.short wants a key of config.json, found none"),
+        ('kind = "plaim"', "rope.full.kind is 'plaim'; known: plain, linear"),
+        (f'kind = "plain"\n{WINDOW}kind = ["plain"]', "rope.window.kind wants one word"),
+        (f'kind = "plain"\n{WINDOW}kind = "plain"\ninterleaved = true', "rope.window.interleaved is True"),
+        ('kind = "plain"\n[rope.widow]\ntheta = 1e4\nkind = "plain"', "rope for ['widow']; known: full, window"),
+    ],
+)
+def test_a_page_whose_rope_no_config_could_choose_or_no_kind_could_read_is_refused(rope, words):
+    with pytest.raises(SpecError) as refused:
+        page_with(rope)
+    assert words in str(refused.value) and str(refused.value).startswith("made.toml: ")
