@@ -29,7 +29,7 @@ from lumen.nn.linear import Linear, round_to_fp8
 from lumen.ops.fp8 import MULTIPLE, refusal
 from lumen.ops.nf4 import NF4, dequantize_nf4, quantize_nf4
 from lumen.spec import ModelSpec, load_family
-from lumen.staging import carry
+from lumen.staging import carry, go_on
 from lumen.weights import Weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,7 +43,7 @@ def load_model(
     nf4: bool = False,
     fp8: bool = False,
     device: str = "auto",
-    proceed: Callable[[], None] = lambda: None,
+    proceed: Callable[[], None] = go_on,
 ) -> Decoder:
     """The model in `folder`, frozen and in eval mode.
 
@@ -52,8 +52,8 @@ def load_model(
              comes in NF4 keeps its own blocks, and what it left in 16 bits; without `nf4` it is dequantized
     fp8      while the model trains, multiply by the linear layers of every block in 8 bits (`ops/fp8.py`)
     device   auto takes a GPU when there is one
-    proceed  called before anything is put onto the device, then for each tensor, and for each few MB on the way to a
-             GPU; what it raises ends the loading
+    proceed  called before anything is put onto the device, then for each tensor, for each few MB on the way to a GPU,
+             and for each group of layers that `fp8` rounds; what it raises ends the loading
 
     SpecError when no page describes `config.json`; CheckpointError for missing, extra or mis-shaped tensors, and for
     NaN or infinity in what is packed; ConfigError for a device that is not there, or has no products in 8 bits.
@@ -85,7 +85,7 @@ def load_model(
                 _place(model, name, part, weight, place)
         _refuse_damaged(offsets, files)
     if fp8:
-        _round_blocks(model, folder)
+        _round_blocks(model, folder, proceed)
     return model.eval()
 
 
@@ -273,7 +273,7 @@ def _say_what_is_unexpected(spec: ModelSpec, files: Weights, folder: Path) -> No
     )
 
 
-def _round_blocks(model: Decoder, folder: Path | str) -> None:
+def _round_blocks(model: Decoder, folder: Path | str, proceed: Callable[[], None]) -> None:
     """Gives the linear layers of the blocks their weights in 8 bits beside the exact ones; says where some stay."""
     groups, layers = [], linear_layers(model)
     for module in model.blocks.modules():
@@ -281,7 +281,10 @@ def _round_blocks(model: Decoder, folder: Path | str) -> None:
             groups += [(module.q, module.k, module.v), (module.o,)]
         elif isinstance(module, MLP):
             groups += [(module.gate, module.up), (module.down,)]
-    rounded = sum(len(group) for group in groups if round_to_fp8(group))
+    rounded = 0
+    for group in groups:
+        proceed()
+        rounded += len(group) if round_to_fp8(group) else 0
     if rounded < len(layers):
         LOG.warning(
             "%s: model.fp8 serves %d of the blocks' %d linear layers; experts, and layers that share their input with "

@@ -7,23 +7,20 @@ is what is reported; one in the model is raised, and what loading logs is said, 
 """
 
 import logging
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 
 import torch
 
 from lumen.checkpoint import choose_device, choose_dtype, load_model
 from lumen.config import RunConfig
+from lumen.early import quick_turns
 from lumen.models.decoder import Decoder
 from lumen.source import starting_point
 
 LOG = logging.getLogger("lumen")
-# How long a thread that computes in Python keeps others from their next call; 5 ms are usual. Loading makes thousands
-# of short calls: beside a thread that encodes, 1,000 pieces take 0.94 s with 5 ms and 0.25 s with this, alone 0.12 s;
-# the other thread takes no longer (two cores).
-SWITCH_S = 0.0002
 
 
 class _Stopped(Exception):
@@ -39,35 +36,36 @@ class Loading:
         ready  waits until a model may be loaded onto a GPU
         """
         self._config, self._ready, self._base = config, ready, starting_point(config).base
-        self._threads: ThreadPoolExecutor | None = None
+        self._beside = ExitStack()  # what is undone when loading beside the caller ends
+        self._model: Future[Decoder] | None = None  # where it is loaded beside the caller
         self._stopped = False
-        self._thread = 0
+        self._thread = 0  # its identity, where there is one beside the caller's
         self._records: list[logging.LogRecord] = []
 
     def __enter__(self) -> "Loading":
         if choose_device(self._config.model.device).type == "cuda":
             # GPU and stream are those of a thread: the caller may have chosen others than the first
             stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
-            self._threads = ThreadPoolExecutor(1, thread_name_prefix="lumen-loading")
             LOG.addFilter(self._hold_back)
-            self._interval_s = sys.getswitchinterval()
-            sys.setswitchinterval(min(self._interval_s, SWITCH_S))
-            self._model: Future[Decoder] = self._threads.submit(self._load_beside, stream)
+            self._beside.callback(LOG.removeFilter, self._hold_back)
+            self._beside.enter_context(quick_turns())  # loading makes thousands of short calls
+            threads = self._beside.enter_context(ThreadPoolExecutor(1, thread_name_prefix="lumen-loading"))
+            self._model = threads.submit(self._load_beside, stream)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stopped = True
-        if self._threads is not None:
-            self._threads.shutdown()
-            sys.setswitchinterval(self._interval_s)
-            LOG.removeFilter(self._hold_back)
+        try:
+            self._beside.close()  # all of it, also where an interrupt ends the wait for the thread
+        finally:
+            self._model = None  # an error in it holds the thread's frames, and those the weights and this object
 
     def model(self) -> Decoder:
         """The model, frozen and in eval mode, as soon as it is there; errors are those of `load_model`.
 
         Weights are in the compute dtype, or in fp32 where they learn: the layers round them where they use them.
         """
-        if self._threads is None:
+        if self._model is None:
             return self._load()
         try:
             return self._model.result()
@@ -88,7 +86,7 @@ class Loading:
         return model
 
     def _proceed(self) -> None:
-        if self._threads is not None:
+        if self._thread:
             self._ready()
         if self._stopped:
             raise _Stopped

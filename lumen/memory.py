@@ -15,6 +15,11 @@ from lumen.errors import LumenError
 
 GIB = 2**30
 MEMINFO, CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+# A container's limit, what is held of it, and what of that are files that have been read and need not stay.
+CGROUPS = (  # of version 2 and of version 1, whose words without "total_" leave out the groups inside
+    ("memory.max", "memory.current", "memory.stat", "{}_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_{}_file"),
+)
 MUCH = 0.1  # of what PyTorch has reserved: when so much of it is unused, the pieces are the trouble and not the sum
 
 OF_A_PASS = (
@@ -28,16 +33,20 @@ OF_WEIGHTS = (
 
 
 def host_memory_bytes() -> int:
-    """What the host's memory has to give to this process, and its container too, without swapping; where the system
+    """What the host's memory has to give to this process without swapping, and its container too; where the system
     does not say (Linux does), as much as one could want.
+
+    The container's limit is that of the cgroup which it sees as the root. One that is set further in, for a service or
+    a batch job, is not read.
     """
     found = [sys.maxsize]
-    if said := _number(MEMINFO, r"MemAvailable:\s+(\d+) kB"):
+    if (said := _number(MEMINFO, r"MemAvailable:\s+(\d+) kB")) is not None:
         found.append(said << 10)
-    most, held = _number(CONTAINER / "memory.max"), _number(CONTAINER / "memory.current")
-    if most and held:  # in which are files that have been read, and need not stay
-        files = [_number(CONTAINER / "memory.stat", rf"\b{kind}_file (\d+)") or 0 for kind in ("inactive", "active")]
-        found.append(max(most - held + sum(files), 0))
+    for limit, usage, parts, name in CGROUPS:
+        most, held = _number(CONTAINER / limit), _number(CONTAINER / usage)
+        if most is not None and held is not None:
+            words = [rf"\b{name.format(kind)} (\d+)" for kind in ("inactive", "active")]
+            found.append(max(most - held + sum(_number(CONTAINER / parts, word) or 0 for word in words), 0))
     return min(found)
 
 

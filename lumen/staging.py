@@ -27,12 +27,12 @@ PIECE_BYTES = 16 * 2**20
 AHEAD_BYTES = 256 * 2**20
 
 
-def _nothing() -> None:
-    pass
+def go_on() -> None:
+    """The `proceed` of who has no reason to end what is under way."""
 
 
 def carry(
-    weights: Iterable[Tensor | NF4], device: torch.device, proceed: Callable[[], None] = _nothing
+    weights: Iterable[Tensor | NF4], device: torch.device, proceed: Callable[[], None] = go_on
 ) -> Iterator[Tensor | NF4]:
     """The same weights on `device`, in their order; `weights` is asked for the next ones while the first are in use.
 
@@ -43,7 +43,7 @@ def carry(
 
 
 def staged(
-    weights: Iterable[Tensor | NF4], device: torch.device, proceed: Callable[[], None] = _nothing
+    weights: Iterable[Tensor | NF4], device: torch.device, proceed: Callable[[], None] = go_on
 ) -> Iterator[Tensor | NF4]:
     """`carry` through pinned memory, for a device with streams; on the CPU the same steps make copies."""
     ahead: deque[tuple[int, Callable[[], Tensor | NF4]]] = deque()

@@ -37,13 +37,12 @@ import msgspec
 import torch
 from torch import nn
 
-from lumen import checkpoint
+from lumen import checkpoint, early
 from lumen.adapter import attach_lora
 from lumen.checkpoint import choose_device, choose_dtype, load_model
 from lumen.config import RunConfig
 from lumen.data.batch import Batch, RowStream, stack
 from lumen.errors import KernelError
-from lumen.loading import SWITCH_S
 from lumen.models.decoder import Decoder
 from lumen.objectives.examples import Examples
 from lumen.objectives.sft import sft_loss
@@ -181,8 +180,10 @@ def _start() -> subprocess.Popen:
 def _fork_is_safe() -> bool:
     """Whether a child of this process may do more than execute a program: no other thread of Python's can hold a lock.
 
-    The threads of libraries for linear algebra are no obstacle: those take care of forks, and the child uses none.
+    Waits for the thread that the command began, whose result is wanted before any kernel is compiled. The threads of
+    libraries for linear algebra are no obstacle: those take care of forks, and the child uses none.
     """
+    early.finish()
     return threading.active_count() == 1 and not torch.cuda.is_initialized() and os.path.isdir(DESCRIPTORS)
 
 
@@ -269,8 +270,7 @@ def _mark(asked: str) -> Path:
 
 def serve(requests: TextIO) -> None:
     """Waits for one request and does it; without one (the run has ended) nothing. KernelError where a kernel failed."""
-    sys.setswitchinterval(SWITCH_S)
-    with ThreadPoolExecutor(1) as thread:  # which has ended before anything is forked
+    with early.quick_turns(), ThreadPoolExecutor(1) as thread:  # which has ended before anything is forked
         known = thread.submit(ahead.know_triton)
         ahead.leave_compiler_out()
         torch.empty(1, dtype=torch.int64, device="meta") * torch.empty(1, device="meta")  # imports SymPy for 0.7 s

@@ -1,5 +1,6 @@
 """A model loaded while the data is encoded: the same model, the same errors in the same order, and no thread left."""
 
+import gc
 import json
 import logging
 import os
@@ -8,11 +9,14 @@ import signal
 import sys
 import threading
 import time
+import weakref
+from contextlib import suppress
 
 import pytest
 import torch
+from tiny_models import llama
 
-from lumen import loading
+from lumen import early, loading
 from lumen.checkpoint import load_model
 from lumen.config import Data, Lora, Model, Output, RunConfig, Train
 from lumen.demo import MODELS, demo_folder
@@ -125,6 +129,69 @@ def test_an_interrupt_while_the_model_is_waited_for_leaves_no_thread(config, bes
     assert not threads()
 
 
+def test_a_second_interrupt_while_the_thread_is_waited_for_undoes_the_same(config, beside, endless, monkeypatch):
+    usual, end = sys.getswitchinterval(), loading.ThreadPoolExecutor.shutdown
+
+    def interrupted(threads, **_):
+        end(threads, wait=False)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loading.ThreadPoolExecutor, "shutdown", interrupted)
+    with pytest.raises(KeyboardInterrupt), Loading(config, lambda: None):
+        endless.wait()
+        raise KeyboardInterrupt
+    assert not LOG.filters and sys.getswitchinterval() == usual
+    for thread in threading.enumerate():
+        if thread.name.startswith("lumen-loading"):  # nobody has waited for it, and it ends all the same
+            thread.join(timeout=10)
+    assert not threads()
+
+
+@pytest.mark.parametrize("whose", ["data", "model"])
+def test_of_a_loading_that_ended_in_an_error_no_weights_are_left(config, beside, monkeypatch, whose):
+    """Without the collector of garbage, which comes when it likes: on a GPU they are in the way of the next attempt."""
+    held, there = [], threading.Event()
+
+    def load(folder, *, proceed, **_):
+        weights = torch.zeros(1000)
+        held.append(weakref.ref(weights))
+        there.set()
+        while whose == "data":
+            proceed()
+            time.sleep(0.001)
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(loading, "load_model", load)
+    gc.collect()
+    gc.disable()
+    try:
+        with suppress(DataError, torch.OutOfMemoryError), Loading(config, lambda: None) as begun:
+            there.wait()
+            if whose == "model":
+                begun.model()
+            raise DataError("a bad record")
+        del begun
+        assert [weights() for weights in held] == [None]
+    finally:
+        gc.enable()
+
+
+def test_rounding_to_8_bits_asks_before_each_group_of_layers_whether_to_go_on(tmp_path):
+    llama(tmp_path)
+    asked = []
+    model = load_model(tmp_path, device="cpu", fp8=True, proceed=lambda: asked.append(1))
+    groups = 4 * len(model.blocks)  # what reads the same: q, k and v; o; gate and up; down
+    assert len(asked) == 1 + sum(len(name.parts) for name in model.spec.tensors()) + groups
+
+    def stop():
+        asked.pop()
+        if not asked:
+            raise InterruptedError("enough")
+
+    with pytest.raises(InterruptedError, match="enough"):
+        load_model(tmp_path, device="cpu", fp8=True, proceed=stop)
+
+
 def test_what_loading_logs_is_said_after_what_the_data_gave_to_say(config, beside, monkeypatch, caplog):
     said = threading.Event()
 
@@ -154,7 +221,7 @@ def test_nothing_is_put_onto_the_gpu_before_it_is_ready(config, beside, monkeypa
 def test_threads_take_turns_more_often_only_while_the_model_is_loaded(config, beside, endless):
     usual = sys.getswitchinterval()
     with Loading(config, lambda: None):
-        assert sys.getswitchinterval() == pytest.approx(loading.SWITCH_S, rel=1e-3) and usual > loading.SWITCH_S
+        assert sys.getswitchinterval() == pytest.approx(early.SWITCH_S, rel=1e-3) and usual > early.SWITCH_S
     assert sys.getswitchinterval() == usual
 
 

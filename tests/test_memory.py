@@ -100,3 +100,18 @@ def test_the_hosts_memory_is_what_the_system_and_the_container_still_have_to_giv
     assert host_memory_bytes() == 9 * 1024
     (tmp_path / "memory.max").write_text("9500\n")
     assert host_memory_bytes() == 9500 - 9000 + 7  # files that were read need not stay
+    (tmp_path / "meminfo").write_text("MemAvailable:       0 kB\n")
+    assert host_memory_bytes() == 0
+
+
+def test_the_limit_of_a_container_of_the_first_version_is_read_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CONTAINER", tmp_path)
+    (tmp_path / "meminfo").write_text("MemAvailable:   9 kB\n")
+    (tmp_path / "memory").mkdir()
+    words = "inactive_file 1\nactive_file 2\ntotal_inactive_file 300\ntotal_active_file 40\n"
+    for file, text in (("limit_in_bytes", "9223372036854771712\n"), ("usage_in_bytes", "4000\n"), ("stat", words)):
+        (tmp_path / "memory" / f"memory.{file}").write_text(text)
+    assert host_memory_bytes() == 9 * 1024  # this is how it says that there is no limit
+    (tmp_path / "memory/memory.limit_in_bytes").write_text("5000\n")
+    assert host_memory_bytes() == 5000 - 4000 + 340

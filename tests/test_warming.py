@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ import torch
 from cuda_driver import compiling_environment
 from tiny_models import family, llama
 
-from lumen import warming
+from lumen import early, warming
 from lumen.adapter import attach_lora
 from lumen.checkpoint import load_model
 from lumen.config import Data, Lora, Model, Output, RunConfig, Train
@@ -272,6 +274,20 @@ def test_a_fork_is_taken_where_it_is_safe_and_an_interpreter_elsewhere(monkeypat
     process = warming._start()
     assert process.communicate("told")[1] == ("fresh told" if unsafe else "forked told")
     assert process.returncode == 0
+
+
+def test_what_was_begun_early_is_waited_for_where_a_fork_is_thought_of(monkeypatch):
+    """Else it were chance whether the fork is taken: that thread would be another one."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(early, "GPU", ("/dev/null",))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(early, "know_triton", lambda: time.sleep(0.05))
+    running = threading.active_count
+    others = running() - 1  # whatever other tests have left
+    monkeypatch.setattr(warming.threading, "active_count", lambda: running() - others)
+    early.begin()
+    assert threading.active_count() == 2
+    assert warming._fork_is_safe()
 
 
 def test_the_process_is_told_what_the_run_will_do(started, tmp_path):

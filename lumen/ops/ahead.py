@@ -26,6 +26,7 @@ from typing import NoReturn
 
 import torch
 
+from lumen import early
 from lumen.errors import KernelError
 from lumen.ops._triton import INTERPRETED, triton
 
@@ -64,8 +65,8 @@ def cache_folder() -> Path:
 
 
 def know_triton() -> str:
-    """Triton's hash of itself, a part of every cache key: half a second over 400 MB, kept for the process."""
-    return triton.runtime.cache.triton_key()
+    """Triton's hash of itself, a part of every cache key: half a second over 400 MB, once in the process."""
+    return early.know_triton()
 
 
 def start_driver() -> None:
