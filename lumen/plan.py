@@ -62,19 +62,20 @@ def keep(model: Decoder, config: RunConfig, tokens: int, learned: int) -> None:
 
 
 def arrange(
-    spec: ModelSpec, config: RunConfig, tokens: int, room_bytes: int, itemsize: int = 2
+    spec: ModelSpec, config: RunConfig, tokens: int, room_bytes: int, itemsize: int = 2, *, pinned_bytes: int = 0
 ) -> tuple[tuple[Keeping, ...], bool]:
     """What each block keeps on a GPU, and whether the weights are unpacked for good, with `room_bytes` left beside
-    weights, gradients and optimizer."""
+    weights, gradients and optimizer, and `pinned_bytes` of the host's memory not taken yet that will be by then."""
     depth, level = len(spec.layers), config.train.keep
     room = room_bytes - working_bytes(spec, tokens, itemsize)
     once = working_bytes(spec, tokens, itemsize, whole=True) - working_bytes(spec, tokens, itemsize)
     if level == "auto":
-        host = int(HOST_SHARE * host_memory_bytes()) if config.train.offload else 0
+        host = int(HOST_SHARE * max(host_memory_bytes() - pinned_bytes, 0)) if config.train.offload else 0
+        shipped = {name: _kept_bytes(spec, config, Keeping(name), itemsize) for name in ("attention", "input")}
         most = depth * _dora_bytes(spec, config, KEEP_ALL, itemsize) * tokens
         for part in range(17):  # how much DoRA keeps depends on what is kept: the least room aside that is enough
             left = room - part * most // 16
-            keeping = choose_keeping(spec, tokens, left, host_bytes=host, once_bytes=once)
+            keeping = choose_keeping(spec, tokens, left, host_bytes=host, once_bytes=once, shipped=shipped)
             if kept_bytes(spec, config, keeping, tokens, itemsize) + once * (KEEP_ALL in keeping) <= room:
                 break
     else:
@@ -118,12 +119,19 @@ def working_bytes(spec: ModelSpec, tokens: int, itemsize: int = 2, *, whole: boo
 
     whole  a block keeps all, whose MLP goes over all rows at once; of one that is computed again a lot of them does
 
-    Measured on an H200, Llama 3.1 8B: 151 KB a token, which are gate, up, their product, and eight rows of width D; in
-    lots, 82 KB, ten rows of width D, most of them around attention. The loss holds the logits of a chunk, and those of
-    the next while it makes them.
+    A block that is computed again is widest at the gradient of its MLP, or at that of its attention. Measured on an
+    H200, Llama 3.1 8B: 151 KB a token, which are gate, up, their product, and eight rows of width D; in lots, 82 KB,
+    ten rows of width D. For other shapes these rows are counted as what they are. The loss holds the logits of a chunk,
+    and those of the next while it makes them.
     """
     lot = tokens if whole else min(tokens, MOST_ROWS)
-    block = itemsize * max(3 * lot * spec.mlp_dim + 8 * tokens * spec.dim, 10 * tokens * spec.dim)
+    dim, q, kv = spec.dim, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    aside = 2 * (q + kv) * (spec.qk_norm == "head") + dim * (spec.norm_at == "around")  # inputs and outputs of norms
+    # gate, up and their product of a lot; q, k, v and attention's output, made again; x, its gradients, those of lots
+    mlp = 3 * lot * spec.mlp_dim + tokens * (11 * dim // 2 + 2 * q + 2 * kv + aside)
+    # q, k, v, the output, their gradients; two rows of width H·E for cuDNN's sums; x, its gradient, those on their way
+    attention = tokens * (3 * dim + 6 * q + 4 * kv + aside)
+    block = itemsize * max(mlp, attention)
     logits = min(tokens, 2 * CHUNK) * spec.vocab * 4 + 3 * tokens * itemsize * spec.dim
     unpacked = itemsize * max(spec.dim * spec.mlp_dim * 2, spec.dim * spec.dim * 2)
     return max(block, logits) + unpacked
@@ -163,7 +171,7 @@ def make_plan(config: RunConfig, examples: Examples) -> Plan:
     tokens = train.batch_size * packed.longest
     room = _room(config, device)
     if on_gpu and room:
-        keeping, holds = arrange(spec, config, tokens, room - weights - optimizer, itemsize)
+        keeping, holds = arrange(spec, config, tokens, room - weights - optimizer, itemsize, pinned_bytes=paged)
     else:
         keeping, holds = (Keeping(train.keep) if train.keep != "auto" else KEEP_ALL,) * len(spec.layers), False
     weights += itemsize * block_weights(spec) * len(spec.layers) * holds

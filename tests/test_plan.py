@@ -6,13 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import llama
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from lumen import ops, plan
 from lumen.checkpoint import load_model
 from lumen.config import Lora, Model, RunConfig, Train
 from lumen.data.batch import stack
 from lumen.data.packing import pack
-from lumen.nn.recompute import KEEP_ALL, Keeping, bytes_per_token
-from lumen.plan import _optimizer, _passes, arrange, block_weights, kept_bytes, main, working_bytes
+from lumen.models.decoder import Decoder
+from lumen.nn.recompute import KEEP_ALL, MOST_ROWS, Keeping, bytes_per_token
+from lumen.ops.rotary import _rotary_kernel
+from lumen.plan import _kept_bytes, _optimizer, _passes, arrange, block_weights, kept_bytes, main, working_bytes
 from lumen.probe import Probe, Share, _depths, probe
 from lumen.spec import Family
 from lumen.text.conversation import Encoded
@@ -65,6 +71,81 @@ def test_blocks_that_are_moved_count_while_they_go():
     assert kept_bytes(SPEC, config(), (moved,) * 31 + (ALL,), TOKENS) == TOKENS * (
         2 * bytes_per_token(SPEC, "attention") + bytes_per_token(SPEC, "all")
     )
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the storages that operations made and that still live, and the most of them at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        for storage in [each.untyped_storage() for each in tree_leaves(result) if isinstance(each, torch.Tensor)]:
+            self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.most = max(self.most, self.now())
+        return result
+
+    def now(self) -> int:
+        self.made = {key: one for key, one in self.made.items() if not one[0].expired()}
+        return sum(size for _, size in self.made.values())
+
+
+WIDE_HEADS = {
+    "dim": 16, "heads": 4, "kv_heads": 2, "head_dim": 32, "mlp_dim": 16, "vocab": 8, "layers": SPEC.layers[:2],
+}  # fmt: skip
+ROWS = 4096
+
+
+def lived(spec, level: str) -> tuple[int, int]:
+    """Bytes a token that live behind the forward pass of two blocks, and at the most in their backward pass."""
+    torch.manual_seed(0)
+    model = Decoder(spec).train().requires_grad_(False)
+    model.keeping = (Keeping(level),) * 2
+    places = torch.arange(ROWS).view(1, -1)
+    shared = model._places(places, None, None)
+    x = torch.randn(1, ROWS, spec.dim, requires_grad=True)
+    with ops.use("triton"), Live() as live:
+        y = model._trained(x * 1, shared)
+        behind, live.most = live.now() - y.nbytes, 0
+        y.backward(torch.ones(()).expand_as(y))
+    return behind // ROWS, live.most // ROWS
+
+
+@pytest.mark.parametrize("qk_norm", ["", "head"])
+def test_heads_wider_than_the_model_keep_and_work_in_what_is_counted(qk_norm, monkeypatch):
+    # what kernels compute is no matter here, and the interpreter is slow
+    monkeypatch.setattr(type(_rotary_kernel), "__getitem__", lambda kernel, grid: lambda *arguments, **options: None)
+    spec = replace(SPEC, **WIDE_HEADS, qk_norm=qk_norm)
+    for level in ("attention", "input"):
+        behind, most = lived(spec, level)
+        kept = 2 * bytes_per_token(spec, level, 4)
+        assert kept <= behind <= kept + 100  # inverse roots, sums of scores
+        if level == "input":  # two rows of width H·E are cuDNN's, which does not run here
+            working = working_bytes(spec, ROWS, 4) / ROWS
+            assert most - kept <= working <= 1.2 * (most - kept)
+
+
+def test_a_llama_works_in_what_was_measured():
+    for tokens, measured in ((MOST_ROWS, 151_000), (345_000, 82_000)):
+        weights = 4 * SPEC.dim * SPEC.mlp_dim  # unpacked
+        assert (working_bytes(SPEC, tokens) - weights) / tokens == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_is_moved_fits_the_hosts_memory(dora, monkeypatch):
+    monkeypatch.setattr(plan, "host_memory_bytes", lambda: 90 << 30)
+    told = config(lora={"dora": dora}, model={"nf4": True})
+
+    def on_host(tokens: int, **options) -> int:
+        keeping, _ = arrange(SPEC, told, tokens, 60 << 30, **options)
+        return tokens * sum(_kept_bytes(SPEC, told, each, 2) for each in keeping if each.moved)
+
+    for tokens in (65_536, 131_072, 262_144):
+        assert 0 < on_host(tokens) <= 0.8 * (90 << 30)
+        assert on_host(tokens, pinned_bytes=20 << 30) <= 0.8 * (70 << 30)
 
 
 def test_paged_averages_count_for_the_host():

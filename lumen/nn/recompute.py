@@ -13,13 +13,17 @@ up are never there for all of them.
 What is kept may be *moved*: copied to pinned host memory on a stream of its own while the next block computes, and
 brought back while the one behind it computes its gradient.
 
-All three are exact, and give the same bits where the operations do; in lots, gradients of an MLP's weights and pairs
-are sums over lots, rounded as such.
+All three are exact, and give the same bits where the operations do. In lots, gradients of an MLP's weights and pairs
+are sums over lots, rounded as such. And where dropout acts, each lot draws seeds of its own, where an MLP taken whole
+draws them once: the masks of that MLP are others, and of all that draws after it. A lot has the same masks forward and
+backward, so that its gradients are those of the loss that was computed. But how many blocks keep all follows the memory
+that is free: over MOST_ROWS tokens at a time and with dropout, the same seed repeats a run, and a run that is resumed
+goes on as it would have, only where the same blocks keep all. A `train.keep` other than "auto" makes it so.
 
 A `Keeping` says it for one block, `choose_keeping` for all, from the memory that there is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -121,7 +125,9 @@ KEEP_ALL, KEEP_INPUT = Keeping(), Keeping("input")
 def bytes_per_token(spec: ModelSpec, level: Level, itemsize: int = 2) -> int:
     """What a block keeps for each token."""
     attention = 2 * spec.dim + (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim
-    extra = 2 * spec.dim * (spec.norm_at == "around") + (spec.qk_norm == "head") * spec.heads * spec.head_dim
+    heads = (spec.heads + spec.kv_heads) * spec.head_dim
+    # per-head norms keep q and k by themselves, beside v in the storage of all three, and give them normed
+    extra = 2 * spec.dim * (spec.norm_at == "around") + 2 * heads * (spec.qk_norm == "head")
     values = {"input": spec.dim, "attention": attention + extra, "all": attention + extra + 2 * spec.mlp_dim}[level]
     return values * itemsize
 
@@ -284,12 +290,15 @@ class Mover:
 
 
 def choose_keeping(
-    spec: ModelSpec, tokens: int, room_bytes: int, *, host_bytes: int, once_bytes: int = 0
-) -> tuple[Keeping, ...]:
+    spec: ModelSpec, tokens: int, room_bytes: int, *, host_bytes: int, once_bytes: int = 0,
+    shipped: Mapping[Level, int] | None = None,
+) -> tuple[Keeping, ...]:  # fmt: skip
     """One `Keeping` a block, the fastest that fits `tokens` tokens into `room_bytes` of device memory.
 
     host_bytes  of the host's memory, for what is moved; 0 where nothing may be
     once_bytes  what is wanted besides, once, where a block keeps all
+    shipped     bytes a token of what a moved block of each level sends to the host, if more than `bytes_per_token`:
+                DoRA keeps outputs besides
 
     The last blocks keep all: theirs is needed first and freed first. The others, measured on an H200, fastest first:
     a few compute their MLP again; all of them do, and what attention made waits in the host's memory, over a bus that
@@ -312,7 +321,8 @@ def choose_keeping(
     # what is moved is on the device while it goes, and while it comes
     for level, going in (("attention", 3 * cost["attention"] // 2), ("input", 3 * cost["input"])):
         moved = mixed(Keeping(level, moved=True), 0, going)
-        on_host = cost[level] * sum(each.moved for each in moved)
+        sent = cost[level] if shipped is None else shipped[level] * tokens
+        on_host = sent * sum(each.moved for each in moved)
         if on_host <= host_bytes and (level == "input" or going <= room_bytes):
             return moved
     return mixed(KEEP_INPUT, cost["input"])
