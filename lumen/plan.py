@@ -121,13 +121,13 @@ def working_bytes(spec: ModelSpec, tokens: int, itemsize: int = 2, *, whole: boo
 
     A block that is computed again is widest at the gradient of its MLP, or at that of its attention. Measured on an
     H200, Llama 3.1 8B: 151 KB a token, which are gate, up, their product, and eight rows of width D; in lots, 82 KB,
-    ten rows of width D. For other shapes these rows are counted as what they are (Qwen3 4B: 100 KB measured, 99
-    counted; 32B: 187 and 196). The loss holds the logits of a chunk, and those of the next while it makes them.
+    ten rows of width D. For other shapes these rows are counted as what they are. The loss holds the logits of a chunk,
+    and those of the next while it makes them.
     """
     lot = tokens if whole else min(tokens, MOST_ROWS)
     dim, q, kv = spec.dim, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    # inputs, outputs and a gradient on its way of per-head norms; the input of one around
-    aside = 5 * (q + kv) // 2 * (spec.qk_norm == "head") + dim * (spec.norm_at == "around")
+    # outputs and a gradient on its way of per-head norms; the input of one around
+    aside = 3 * (q + kv) // 2 * (spec.qk_norm == "head") + dim * (spec.norm_at == "around")
     # gate, up and their product of a lot; q, k, v and attention's output, made again; x, its gradients, those of lots
     mlp = 3 * lot * spec.mlp_dim + tokens * (11 * dim // 2 + 2 * q + 2 * kv + aside)
     # q, k, v, the output, their gradients; two rows of width H·E for cuDNN's sums; x, its gradient, those on their way

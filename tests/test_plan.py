@@ -122,10 +122,11 @@ def test_heads_wider_than_the_model_keep_and_work_in_what_is_counted(qk_norm, mo
     for level in ("attention", "input"):
         behind, most = lived(spec, level)
         kept = 2 * bytes_per_token(spec, level, 4)
-        assert kept <= behind <= kept + 100  # inverse roots, sums of scores
-        if level == "input":  # two rows of width H·E are cuDNN's, which does not run here
+        assert kept <= behind <= kept + (148 if qk_norm else 100)  # sums of scores; inverse roots, of each head too
+        if level == "input":
             working = working_bytes(spec, ROWS, 4) / ROWS
-            assert most - kept <= working <= 1.2 * (most - kept)
+            # two rows of width H·E are cuDNN's, and with per-head norms half a row of all heads: it does not run here
+            assert most - kept <= working <= 1.25 * (most - kept)
 
 
 def test_a_llama_works_in_what_was_measured():

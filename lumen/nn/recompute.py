@@ -126,8 +126,8 @@ def bytes_per_token(spec: ModelSpec, level: Level, itemsize: int = 2) -> int:
     """What a block keeps for each token."""
     attention = 2 * spec.dim + (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim
     heads = (spec.heads + spec.kv_heads) * spec.head_dim
-    # per-head norms keep q and k by themselves, beside v in the storage of all three, and give them normed
-    extra = 2 * spec.dim * (spec.norm_at == "around") + 2 * heads * (spec.qk_norm == "head")
+    # q and k from per-head norms, beside the storage of all three that v is a part of
+    extra = 2 * spec.dim * (spec.norm_at == "around") + heads * (spec.qk_norm == "head")
     values = {"input": spec.dim, "attention": attention + extra, "all": attention + extra + 2 * spec.mlp_dim}[level]
     return values * itemsize
 

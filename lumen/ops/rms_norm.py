@@ -6,7 +6,8 @@
 Where the result returns to the input's dtype is part of a family: Llama rounds x̂ before the weight multiplies it, Gemma
 (`plus_one`, y = x̂ · (1 + w)) multiplies in fp32 and rounds once.
 
-The kernels read and write each value once; the backward pass keeps x and one fp32 number a row.
+The kernels read and write each value once; the backward pass keeps x and one fp32 number a row. Rows may be heads of
+tokens that lie apart, as those of q in what q, k and v are parts of: they are read, and kept, where they are.
 """
 
 import torch
@@ -28,13 +29,14 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, plus_one: bool = F
 
 @jit
 def _rms_norm_forward_kernel(
-    x_ptr, weight_ptr, y_ptr, root_ptr, x_row, y_row, width, eps, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, weight_ptr, y_ptr, root_ptr, x_row, x_head, heads, width, eps, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One row a program; `root` receives 1 / sqrt(mean(x²) + eps)."""
-    row = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
+    row, token, head = program.to(tl.int64), (program // heads).to(tl.int64), program % heads
     column = tl.arange(0, BLOCK)
     inside = column < width
-    x = tl.load(x_ptr + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + token * x_row + head * x_head + column, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     root = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
     if PLUS_ONE:
@@ -42,14 +44,14 @@ def _rms_norm_forward_kernel(
     else:  # x̂ and the weight are rounded to the row's dtype before they meet
         dtype = y_ptr.dtype.element_ty
         y = (x * root).to(dtype).to(tl.float32) * weight.to(dtype).to(tl.float32)
-    tl.store(y_ptr + row * y_row + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + row * width + column, y.to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(root_ptr + row, root)
 
 
 @jit
 def _rms_norm_backward_kernel(
     grad_ptr, x_ptr, weight_ptr, root_ptr, residual_ptr, grad_x_ptr, y_ptr, grad_weight_ptr,
-    grad_row, x_row, rows, width,
+    grad_row, grad_head, x_row, x_head, heads, rows, width,
     PLUS_ONE: tl.constexpr, RESIDUAL: tl.constexpr, AGAIN: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every P-th row, and leaves its part of the weight's gradient in row p of (P, width)."""
@@ -62,9 +64,9 @@ def _rms_norm_backward_kernel(
         weight += 1.0
     total = tl.zeros((BLOCK,), tl.float32)
     for row in range(program, rows, tl.num_programs(0)):
-        at = tl.cast(row, tl.int64)
-        x = tl.load(x_ptr + at * x_row + column, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + at * grad_row + column, mask=inside, other=0.0).to(tl.float32)
+        at, token, head = tl.cast(row, tl.int64), tl.cast(row // heads, tl.int64), row % heads
+        x = tl.load(x_ptr + token * x_row + head * x_head + column, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + token * grad_row + head * grad_head + column, mask=inside, other=0.0).to(tl.float32)
         root = tl.load(root_ptr + at)
         normed = x * root
         if AGAIN:  # the output once more, rounded as it was
@@ -82,13 +84,20 @@ def _rms_norm_backward_kernel(
         tl.store(grad_weight_ptr + program.to(tl.int64) * width + column, total, mask=inside)
 
 
+def _heads(x: Tensor) -> tuple[int, int, int]:
+    """(from one row to the next, from one head of a row to the next, heads) for x (N, D), or (N, H, D)."""
+    return (x.stride(0), 0, 1) if x.ndim == 2 else (x.stride(0), x.stride(1), x.shape[1])
+
+
 def norm_forward(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
-    """Rows (N, D) with any row stride, normed by the kernel: (y (N, D), 1 / root mean square (N,) fp32)."""
-    rows, width = x.shape
-    y, root = x.new_empty(rows, width), x.new_empty(rows, dtype=torch.float32)
-    block = power_of_two(width)
+    """Rows (N, D), or heads of rows (N, H, D), with any strides but the last, normed by the kernel: y of that shape,
+    1 / root mean square (N · H,) fp32.
+    """
+    width = x.shape[-1]
+    rows, block = x.numel() // width, power_of_two(width)
+    y, root = x.new_empty(x.shape), x.new_empty(rows, dtype=torch.float32)
     _rms_norm_forward_kernel[(rows,)](
-        x, weight, y, root, x.stride(0), width, width, eps, plus_one, block, num_warps=_warps(block)
+        x, weight, y, root, *_heads(x), width, eps, plus_one, block, num_warps=_warps(block)
     )
     return y, root
 
@@ -103,20 +112,21 @@ def norm_backward(
     residual: Tensor | None = None,
     again: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(∂x (N, D), ∂w (D,) fp32 or None, y (N, D) as it was, where `again` asks for it, or None).
+    """(∂x like x, ∂w (D,) fp32 or None, y as it was, where `again` asks for it, or None).
 
-    residual  (N, D), the gradient that x gets elsewhere: is added to ∂x
+    grad, x   of one shape, as in `norm_forward`
+    residual  contiguous, the gradient that x gets elsewhere: is added to ∂x
     """
-    rows, width = x.shape
-    block = power_of_two(width)
+    width = x.shape[-1]
+    rows, block = x.numel() // width, power_of_two(width)
     # a program for each row hides most of the wait for memory; for ∂w each would leave a row of parts
     programs = min(rows, processors(x.device) * (4 if width > 2048 else 8)) if need_weight else rows
-    grad_x = grad.new_empty(rows, width)
+    grad_x = grad.new_empty(x.shape)
     y = torch.empty_like(grad_x) if again else None
     parts = x.new_empty(programs, width, dtype=torch.float32) if need_weight else x
     _rms_norm_backward_kernel[(programs,)](
         grad, x, weight, root, grad if residual is None else residual, grad_x, grad_x if y is None else y, parts,
-        grad.stride(0), x.stride(0), rows, width,
+        *_heads(grad)[:2], *_heads(x), rows, width,
         plus_one, residual is not None, again, need_weight, block, num_warps=_warps(block),
     )  # fmt: skip
     return grad_x, parts.sum(0) if need_weight else None, y
@@ -127,23 +137,31 @@ def _warps(block: int) -> int:
     return min(max(block // 512, 4), 16)
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x (…, D) as rows, or as heads of rows, whichever is no copy of it; a copy where both are."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x.reshape(-1, x.shape[-1]) if x.ndim < 3 or x.is_contiguous() else x.flatten(0, -3)
+
+
 class _RMSNorm(torch.autograd.Function):
-    """Saves x (which the residual stream holds anyway) and the inverse root of each row."""
+    """Saves x (which the residual stream, or what v is a part of, holds anyway) and the inverse root of each row."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
-        y, root = norm_forward(x, weight, eps, plus_one)
-        ctx.save_for_backward(x, weight, root)
+        rows = _rows(x)
+        y, root = norm_forward(rows, weight, eps, plus_one)
+        ctx.save_for_backward(rows, weight, root)
         ctx.plus_one = plus_one
-        return y
+        return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, root = ctx.saved_tensors
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        grad_x, grad_weight, _ = norm_backward(grad, x, weight, root, ctx.plus_one, ctx.needs_input_grad[1])
-        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        grad_x, grad_weight, _ = norm_backward(
+            _rows(grad).reshape(x.shape), x, weight, root, ctx.plus_one, ctx.needs_input_grad[1]
+        )
+        return grad_x.view(grad.shape), None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
 @uncompiled
@@ -154,5 +172,4 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> T
     """
     if choice("rms_norm", implementations(x)) == "reference" or x.numel() == 0:
         return rms_norm_reference(x, weight, eps, plus_one)
-    rows = x.reshape(-1, x.shape[-1])
-    return _RMSNorm.apply(rows if rows.stride(-1) == 1 else rows.contiguous(), weight, eps, plus_one).view(x.shape)
+    return _RMSNorm.apply(x, weight, eps, plus_one)
