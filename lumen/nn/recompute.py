@@ -107,8 +107,10 @@ def recomputed_rows(part: Callable[..., Tensor], x: Tensor, *others, random: boo
     """`recomputed` of a part that makes a row (D,) of its result from the same row of x (…, D), MOST_ROWS at a time."""
     if lots(x) == 1:
         return recomputed(part, x, *others, random=random)
-    rows = x.reshape(-1, x.shape[-1]).tensor_split(lots(x))
-    return torch.cat([recomputed(part, lot, *others, random=random) for lot in rows]).view(x.shape)
+    rows = x.reshape(-1, x.shape[-1])
+    # not tensor_split: its gradient is a sum of as many tensors as there are lots, each as large as x
+    parts = [recomputed(part, lot, *others, random=random) for lot in rows.split(-(-len(rows) // lots(x)))]
+    return torch.cat(parts).view(x.shape)
 
 
 @dataclass(frozen=True)
