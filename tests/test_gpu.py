@@ -64,6 +64,16 @@ def test_rms_norm(dtype, plus_one):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_of_heads_that_lie_apart(dtype):
+    leaves = [random(2, 301, 12, 128, dtype=dtype), random(128, dtype=dtype), random(128, dtype=dtype)]
+
+    def heads(joined, of_q, of_k):
+        return ops.rms_norm(joined[:, :, :8], of_q, 1e-6), ops.rms_norm(joined[:, :, 8:10], of_k, 1e-6)
+
+    compare(heads, leaves, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu"])
 def test_gated(dtype, kind):
     leaves = [random(37, 3000, dtype=dtype), random(37, 3000, dtype=dtype)]
