@@ -5,13 +5,14 @@ rows and columns: by itself that is the fastest kernel. In a training step the c
 counts is what a kernel does with a joule: there tiles of 256 × 128 do 2 to 4 % more, or of 176 × 128, for the outputs
 of a wide weight. So the library is asked for all that it would take, and the first with such tiles is run. It adds up
 in fp32 and rounds as PyTorch's products do: once, and once more where the product is added to what is there. Every
-other product is PyTorch's.
+other product is PyTorch's, and so are these where `ops.use` forces another implementation.
 
 The library is the one that PyTorch has loaded; its interface for C is called through ctypes (NVIDIA cuBLAS Library,
 "Using the cuBLASLt API"), which sees matrices by columns: y (M, N) by rows is yᵀ = wᵀ xᵀ by columns.
 """
 
 import ctypes
+import operator
 from ctypes import c_float, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import lru_cache
 
@@ -29,10 +30,12 @@ KINDS = {torch.bfloat16: 14, torch.float16: 2}  # cudaDataType_t
 FLOAT32, SUMS_IN_FLOAT32 = 0, 68  # cudaDataType_t; cublasComputeType_t
 TRANSPOSE_A = 3  # cublasLtMatmulDescAttributes_t
 MOST_WORKSPACE = 1  # cublasLtMatmulPreferenceAttributes_t
-TILE = 1  # cublasLtMatmulAlgoConfigAttributes_t
+TILE, SHARES = 1, 2  # cublasLtMatmulAlgoConfigAttributes_t; shares of a sum, rounded one by one, that are added up
 ALIGNED = 256  # bytes: what the library takes for granted of a matrix
 ANSWERS = 16  # kernels that it is asked for
 WORKSPACE = 1024  # bytes: kernels that deal out their tiles as they go count them there
+
+_workspaces: dict[tuple[torch.device, int], Tensor] = {}
 
 
 class _Algorithm(ctypes.Structure):
@@ -117,12 +120,16 @@ class _Kernel:
         )
         found: dict[int, _Algorithm] = {}
         for answer in answers[: count.value]:
-            tile, size = c_uint32(), c_size_t()
-            self.library.cublasLtMatmulAlgoConfigGetAttribute(
-                ctypes.byref(answer.algorithm), TILE, ctypes.byref(tile), c_size_t(4), ctypes.byref(size)
-            )
-            found.setdefault(tile.value, _Algorithm.from_buffer_copy(answer.algorithm))
+            if not answer.state and self._number(answer, SHARES) <= 1:
+                found.setdefault(self._number(answer, TILE), _Algorithm.from_buffer_copy(answer.algorithm))
         return next((found[tile] for tile in tiles if tile in found), None)
+
+    def _number(self, answer: _Answer, attribute: int) -> int:
+        number, size = c_uint32(), c_size_t()
+        self.library.cublasLtMatmulAlgoConfigGetAttribute(
+            ctypes.byref(answer.algorithm), attribute, ctypes.byref(number), c_size_t(4), ctypes.byref(size)
+        )
+        return number.value
 
     def __call__(self, x: Tensor, w: Tensor, y: Tensor, add: bool) -> Tensor:
         at_y, of_y = c_void_p(y.data_ptr()), ctypes.byref(c_float(add))
@@ -142,10 +149,11 @@ class _Kernel:
             getattr(self.library, f"cublasLt{what}Destroy")(made)
 
 
-@lru_cache(maxsize=64)
 def _workspace(device: torch.device, stream: int) -> Tensor:
-    """Of each stream its own: two may run a product at the same time."""
-    return torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
+    """Of each stream its own: two may run a product at the same time. It stays: a captured graph may write there."""
+    if (device, stream) not in _workspaces:
+        _workspaces[device, stream] = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
+    return _workspaces[device, stream]
 
 
 def _check(status: int) -> None:
@@ -157,21 +165,23 @@ _kernel = lru_cache(maxsize=1024)(_Kernel)  # a few hundred bytes each
 
 
 def _large(x: Tensor, w: Tensor, y: Tensor) -> _Kernel | None:
-    """The kernel for y (+)= x w; None where PyTorch's serves."""
-    if x.dtype not in KINDS or not x.dtype == w.dtype == y.dtype:
+    """The kernel for y (+)= x w; None where PyTorch's serves, and for what PyTorch refuses."""
+    (rows, inputs), outputs, device = x.shape, w.shape[1], x.get_device()
+    if x.dtype not in KINDS or not x.dtype == w.dtype == y.dtype or not x.device == w.device == y.device:
         return None
-    tiles, device = -(-y.shape[0] // 256) * -(-y.shape[1] // 128), x.get_device()
+    if inputs != w.shape[0] or y.shape != (rows, outputs) or outputs < 256:
+        return None
+    tiles = -(-rows // 128) * -(-outputs // 256)
     if tiles < WAVES * processors(x.device) or device != torch.cuda.current_device() or _handle(device) is None:
         return None
     turned = w.stride(0) == 1
+    strides = (x.stride(0), w.stride(1 if turned else 0), y.stride(0))
     by_rows = x.stride(1) == y.stride(1) == 1 and 1 in w.stride()
-    if not by_rows or any(t.data_ptr() % ALIGNED for t in (x, w, y)):
+    apart = all(map(operator.ge, strides, (inputs, inputs if turned else outputs, outputs)))  # no row within another
+    if not by_rows or not apart or any(t.data_ptr() % ALIGNED for t in (x, w, y)):
         return None
-    sizes, strides = (*y.shape, x.shape[1]), (x.stride(0), w.stride(1 if turned else 0), y.stride(0))
-    found = _kernel(device, x.dtype, sizes, turned, strides)
-    if found.algorithm is None:
-        return None
-    if forced("product") not in (None, "cublaslt"):  # another one is forced on all operations
+    found = _kernel(device, x.dtype, (rows, outputs, inputs), turned, strides)
+    if found.algorithm is None or forced("product") not in (None, "cublaslt"):
         return None
     choice("product", {"cublaslt": "its tiles of 256 × 128 or 176 × 128 do most at the power limit"})
     return found

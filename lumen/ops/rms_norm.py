@@ -33,7 +33,8 @@ def _rms_norm_forward_kernel(
 ):
     """One row a program; `root` receives 1 / sqrt(mean(x²) + eps)."""
     program = tl.program_id(0)
-    row, token, head = program.to(tl.int64), (program // heads).to(tl.int64), program % heads
+    row = program.to(tl.int64)
+    token, head = (program // heads).to(tl.int64), (program % heads).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
     x = tl.load(x_ptr + token * x_row + head * x_head + column, mask=inside, other=0.0).to(tl.float32)
@@ -64,7 +65,8 @@ def _rms_norm_backward_kernel(
         weight += 1.0
     total = tl.zeros((BLOCK,), tl.float32)
     for row in range(program, rows, tl.num_programs(0)):
-        at, token, head = tl.cast(row, tl.int64), tl.cast(row // heads, tl.int64), row % heads
+        at = tl.cast(row, tl.int64)
+        token, head = at // heads, at % heads
         x = tl.load(x_ptr + token * x_row + head * x_head + column, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + token * grad_row + head * grad_head + column, mask=inside, other=0.0).to(tl.float32)
         root = tl.load(root_ptr + at)
@@ -148,20 +150,18 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
-        rows = _rows(x)
-        y, root = norm_forward(rows, weight, eps, plus_one)
-        ctx.save_for_backward(rows, weight, root)
+        y, root = norm_forward(x, weight, eps, plus_one)
+        ctx.save_for_backward(x, weight, root)
         ctx.plus_one = plus_one
-        return y.view(x.shape)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, root = ctx.saved_tensors
-        grad_x, grad_weight, _ = norm_backward(
-            _rows(grad).reshape(x.shape), x, weight, root, ctx.plus_one, ctx.needs_input_grad[1]
-        )
-        return grad_x.view(grad.shape), None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        grad_x, grad_weight, _ = norm_backward(grad, x, weight, root, ctx.plus_one, ctx.needs_input_grad[1])
+        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
 @uncompiled
@@ -172,4 +172,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> T
     """
     if choice("rms_norm", implementations(x)) == "reference" or x.numel() == 0:
         return rms_norm_reference(x, weight, eps, plus_one)
-    return _RMSNorm.apply(x, weight, eps, plus_one)
+    # rows are made out here: what is saved has a history then, by which it is told from weights (`nn/recompute.py`)
+    return _RMSNorm.apply(_rows(x), weight, eps, plus_one).view(x.shape)

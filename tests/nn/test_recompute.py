@@ -6,7 +6,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from lumen import ops
 from lumen.errors import KernelError
+from lumen.nn import recompute
 from lumen.nn.recompute import (
     KEEP_ALL,
     LEAST_MOVED,
@@ -188,6 +190,17 @@ def test_a_blocks_input_is_moved_also_where_it_has_no_history(mover):
     assert mover.pinned == piece_sizes(x.nbytes)  # and not the weight
     y.sum().backward()
     assert torch.equal(weight.grad, x)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6, 8), (2, 5, 24)])
+def test_what_a_norm_reads_where_it_lies_is_moved(mover, monkeypatch, shape):
+    monkeypatch.setattr(recompute, "LEAST_MOVED", 64)
+    x = torch.randn(shape, requires_grad=True)
+    mover.start()
+    with mover.block(x), ops.use("triton", "rms_norm"):
+        read = x * 2
+        ops.rms_norm(read[:, :, :4] if x.ndim == 4 else read, torch.ones(shape[-1]), 1e-6)
+    assert read.untyped_storage().data_ptr() in mover._sent[0]
 
 
 def test_no_more_than_two_blocks_are_on_the_device_while_others_go_or_come(mover):
