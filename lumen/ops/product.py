@@ -89,7 +89,7 @@ class _Kernel:
     def __init__(self, device: int, dtype: torch.dtype, sizes: tuple[int, ...], turned: bool, strides: tuple[int, ...]):
         self.made: list[tuple[str, c_void_p]] = []
         (rows, outputs, inputs), kind = sizes, KINDS[dtype]
-        self.library, self.handle = _library(), _handle(device)
+        self.cublas, self.handle = _library(), _handle(device)
         self.how = self._make("MatmulDesc", SUMS_IN_FLOAT32, FLOAT32)
         self._set("MatmulDesc", self.how, TRANSPOSE_A, c_int(turned))
         shapes = ((inputs, rows), (inputs, outputs) if turned else (outputs, inputs), (outputs, rows))
@@ -101,12 +101,12 @@ class _Kernel:
 
     def _make(self, what: str, *arguments) -> c_void_p:
         made = c_void_p()
-        _check(getattr(self.library, f"cublasLt{what}Create")(ctypes.byref(made), *arguments))
+        _check(getattr(self.cublas, f"cublasLt{what}Create")(ctypes.byref(made), *arguments))
         self.made.append((what, made))
         return made
 
     def _set(self, what: str, made: c_void_p, attribute: int, value: c_int | c_size_t) -> None:
-        set_attribute = getattr(self.library, f"cublasLt{what}SetAttribute")
+        set_attribute = getattr(self.cublas, f"cublasLt{what}SetAttribute")
         _check(set_attribute(made, attribute, ctypes.byref(value), c_size_t(ctypes.sizeof(value))))
 
     def _find(self, tiles: tuple[int, ...]) -> _Algorithm | None:
@@ -115,7 +115,7 @@ class _Kernel:
         self._set("MatmulPreference", limits, MOST_WORKSPACE, c_size_t(WORKSPACE))
         answers, count = (_Answer * ANSWERS)(), c_int()
         # where this fails, the library has no kernel: count stays 0
-        self.library.cublasLtMatmulAlgoGetHeuristic(
+        self.cublas.cublasLtMatmulAlgoGetHeuristic(
             self.handle, self.how, self.w, self.x, self.y, self.y, limits, ANSWERS, answers, ctypes.byref(count)
         )
         found: dict[int, _Algorithm] = {}
@@ -126,7 +126,7 @@ class _Kernel:
 
     def _number(self, answer: _Answer, attribute: int) -> int:
         number, size = c_uint32(), c_size_t()
-        self.library.cublasLtMatmulAlgoConfigGetAttribute(
+        self.cublas.cublasLtMatmulAlgoConfigGetAttribute(
             ctypes.byref(answer.algorithm), attribute, ctypes.byref(number), c_size_t(4), ctypes.byref(size)
         )
         return number.value
@@ -136,7 +136,7 @@ class _Kernel:
         stream = torch.cuda.current_stream(y.device).cuda_stream
         workspace = c_void_p(_workspace(y.device, stream).data_ptr())
         _check(
-            self.library.cublasLtMatmul(
+            self.cublas.cublasLtMatmul(
                 self.handle, self.how, ctypes.byref(c_float(1)), c_void_p(w.data_ptr()), self.w,
                 c_void_p(x.data_ptr()), self.x, of_y, at_y, self.y, at_y, self.y,
                 ctypes.byref(self.algorithm), workspace, c_size_t(WORKSPACE), c_void_p(stream),
@@ -146,7 +146,7 @@ class _Kernel:
 
     def __del__(self) -> None:
         for what, made in self.made:
-            getattr(self.library, f"cublasLt{what}Destroy")(made)
+            getattr(self.cublas, f"cublasLt{what}Destroy")(made)
 
 
 def _workspace(device: torch.device, stream: int) -> Tensor:
