@@ -140,10 +140,10 @@ def test_few_rows_meet_the_packed_weight(rows):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("turned", [False, True])
 def test_large_products_are_those_of_pytorch(dtype, turned, monkeypatch):
-    """By rows of any stride; of sizes that are no multiple of a tile; recorded as well."""
+    """By rows of any stride; of rows and inputs that are no multiple of a tile's; recorded as well."""
     calls = []
     monkeypatch.setattr(_Kernel, "__call__", lambda *a, inner=_Kernel.__call__: calls.append(a) or inner(*a))
-    rows, outputs, inputs = 5000, 4224, 1032
+    rows, outputs, inputs = 5000, 8192, 2056
     x = random(rows, inputs + 128, dtype=dtype, learns=False)[:, :inputs]
     w = random(*((outputs, inputs) if turned else (inputs, outputs)), dtype=dtype, learns=False)
     w = w.T if turned else w

@@ -126,7 +126,7 @@ def _fused_chunk_loss(
     grad = logits.view(dtype)[:, :vocab] if need_gradient else logits
     _cross_entropy_kernel[(n,)](
         logits, target, loss, grad, logits.stride(0), grad.stride(0), vocab, softcap or 1.0,
-        softcap != 0, need_gradient, 4096, num_warps=8,
+        softcap != 0, need_gradient, 4096, num_warps=16,
     )  # fmt: skip
     return loss, grad if need_gradient else None
 

@@ -169,6 +169,8 @@ def _large(x: Tensor, w: Tensor, y: Tensor) -> _Kernel | None:
     (rows, inputs), outputs, device = x.shape, w.shape[1], x.get_device()
     if x.dtype not in KINDS or not x.dtype == w.dtype == y.dtype or not x.device == w.device == y.device:
         return None
+    if x.is_meta:  # on its way to a kernel's compiler (`ops/ahead.py`): there is no GPU to ask
+        return None
     if inputs != w.shape[0] or y.shape != (rows, outputs) or outputs < 256:
         return None
     tiles = -(-rows // 128) * -(-outputs // 256)

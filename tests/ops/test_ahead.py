@@ -84,6 +84,17 @@ def test_a_launch_finds_every_kernel_that_was_compiled_ahead(environment):
     assert (compiled, found) == ("3 0", "3 True")
 
 
+def test_products_of_any_size_are_made_without_a_gpu(environment):
+    code = """
+from lumen.ops.product import add_product, product
+
+x, w = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((16_384, 4096), (28_672, 4096)))
+print(add_product(product(x, w.T), x, w.T).shape)
+"""
+    done = run(STEP + code, environment | {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.stdout.strip() == "torch.Size([16384, 28672])", done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("what", ["compiler.CUDABackend.make_cubin", "build._build"])
 def test_a_kernel_or_launcher_that_does_not_compile_is_counted_and_said(environment, tmp_path, what):
     done = run(FAILING.replace("WHAT", f"{what} = lambda *_: 1 / 0"), environment | {"TRITON_CACHE_DIR": str(tmp_path)})
