@@ -14,11 +14,12 @@ import torch
 from lumen.errors import LumenError
 
 GIB = 2**30
-MEMINFO, CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-# A container's limit, what is held of it, and what of that are files that have been read and need not stay.
+MEMINFO, GROUPS, OWN_GROUPS = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# Of groups of processes: where they are, which the process's own is, the limit, what is held of it, and what of that
+# are files that have been read and need not stay.
 CGROUPS = (  # of version 2 and of version 1, whose words without "total_" leave out the groups inside
-    ("memory.max", "memory.current", "memory.stat", "{}_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_{}_file"),
+    ("", r"^0::/(.*)$", "max", "current", "{}_file"),
+    ("memory", r"^\d+:(?:.*,)?memory\b.*?:/(.*)$", "limit_in_bytes", "usage_in_bytes", "total_{}_file"),
 )
 MUCH = 0.1  # of what PyTorch has reserved: when so much of it is unused, the pieces are the trouble and not the sum
 
@@ -33,21 +34,31 @@ OF_WEIGHTS = (
 
 
 def host_memory_bytes() -> int:
-    """What the host's memory has to give to this process without swapping, and its container too; where the system
-    does not say (Linux does), as much as one could want.
-
-    The container's limit is that of the cgroup which it sees as the root. One that is set further in, for a service or
-    a batch job, is not read.
+    """What the host's memory has to give to this process without swapping, and all control groups that it is in too: a
+    container's, a service's, a batch job's. Where the system does not say (Linux does), as much as one could want.
     """
     found = [sys.maxsize]
     if (said := _number(MEMINFO, r"MemAvailable:\s+(\d+) kB")) is not None:
         found.append(said << 10)
-    for limit, usage, parts, name in CGROUPS:
-        most, held = _number(CONTAINER / limit), _number(CONTAINER / usage)
-        if most is not None and held is not None:
-            words = [rf"\b{name.format(kind)} (\d+)" for kind in ("inactive", "active")]
-            found.append(max(most - held + sum(_number(CONTAINER / parts, word) or 0 for word in words), 0))
+    for place, own, limit, usage, name in CGROUPS:
+        for group in _around(GROUPS / place, own):
+            most, held = _number(group / f"memory.{limit}"), _number(group / f"memory.{usage}")
+            if most is not None and held is not None:
+                words = [rf"\b{name.format(kind)} (\d+)" for kind in ("inactive", "active")]
+                found.append(max(most - held + sum(_number(group / "memory.stat", word) or 0 for word in words), 0))
     return min(found)
+
+
+def _around(root: Path, own: str) -> list[Path]:
+    """The groups that this process is in, the innermost first, `root` last; of a container the root alone, where the
+    innermost is told as it is named outside.
+
+    own  the pattern of the line that names the innermost
+    """
+    said = re.search(own, OWN_GROUPS.read_text(), re.MULTILINE) if OWN_GROUPS.exists() else None
+    inner = root / said[1] if said else root
+    groups = (inner, *inner.parents)
+    return list(groups[: groups.index(root) + 1]) if inner.is_dir() and ".." not in inner.parts else [root]
 
 
 def _number(file: Path, pattern: str = r"(\d+)") -> int | None:

@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from typing import get_args
 
 import torch
 
@@ -27,7 +28,7 @@ from lumen.data.packing import Packed
 from lumen.errors import ConfigError, LumenError
 from lumen.memory import host_memory_bytes
 from lumen.models.decoder import Decoder
-from lumen.nn.recompute import KEEP_ALL, MOST_ROWS, Keeping, bytes_per_token, choose_keeping
+from lumen.nn.recompute import KEEP_ALL, MOST_ROWS, ON_THE_WAY, Keeping, Level, bytes_per_token, choose_keeping
 from lumen.objectives.examples import Examples, load_examples
 from lumen.probe import Probe, probe
 from lumen.spec import ModelSpec
@@ -71,13 +72,8 @@ def arrange(
     once = working_bytes(spec, tokens, itemsize, whole=True) - working_bytes(spec, tokens, itemsize)
     if level == "auto":
         host = int(HOST_SHARE * max(host_memory_bytes() - pinned_bytes, 0)) if config.train.offload else 0
-        shipped = {name: _kept_bytes(spec, config, Keeping(name), itemsize) for name in ("attention", "input")}
-        most = depth * _dora_bytes(spec, config, KEEP_ALL, itemsize) * tokens
-        for part in range(17):  # how much DoRA keeps depends on what is kept: the least room aside that is enough
-            left = room - part * most // 16
-            keeping = choose_keeping(spec, tokens, left, host_bytes=host, once_bytes=once, shipped=shipped)
-            if kept_bytes(spec, config, keeping, tokens, itemsize) + once * (KEEP_ALL in keeping) <= room:
-                break
+        cost = {name: tokens * _kept_bytes(spec, config, Keeping(name), itemsize) for name in get_args(Level)}
+        keeping = choose_keeping(cost, depth, room, host_bytes=host, once_bytes=once)
     else:
         keeping = (Keeping(level),) * depth
     room -= kept_bytes(spec, config, keeping, tokens, itemsize) + once * (KEEP_ALL in keeping)
@@ -90,7 +86,7 @@ def kept_bytes(spec: ModelSpec, config: RunConfig, keeping: tuple[Keeping, ...],
     """What all blocks keep on the device for `tokens` tokens; of those that are moved, what is on its way."""
     kept = sum(_kept_bytes(spec, config, each, itemsize) for each in keeping if not each.moved)
     moved = next((each for each in keeping if each.moved), None)
-    return tokens * (kept + (0 if moved is None else 2 * _kept_bytes(spec, config, moved, itemsize)))
+    return tokens * (kept + (0 if moved is None else ON_THE_WAY * _kept_bytes(spec, config, moved, itemsize)))
 
 
 def _kept_bytes(spec: ModelSpec, config: RunConfig, keeping: Keeping, itemsize: int) -> int:

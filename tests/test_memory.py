@@ -91,7 +91,8 @@ def test_who_stands_nearest_tells_it_and_other_errors_pass():
 
 def test_the_hosts_memory_is_what_the_system_and_the_container_still_have_to_give(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "CONTAINER", tmp_path)
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "own")
     assert host_memory_bytes() > 2**60  # nobody says
     (tmp_path / "meminfo").write_text("MemTotal:       131981020 kB\nMemAvailable:   9 kB\n")
     assert host_memory_bytes() == 9 * 1024
@@ -106,7 +107,8 @@ def test_the_hosts_memory_is_what_the_system_and_the_container_still_have_to_giv
 
 def test_the_limit_of_a_container_of_the_first_version_is_read_too(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "CONTAINER", tmp_path)
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "own")
     (tmp_path / "meminfo").write_text("MemAvailable:   9 kB\n")
     (tmp_path / "memory").mkdir()
     words = "inactive_file 1\nactive_file 2\ntotal_inactive_file 300\ntotal_active_file 40\n"
@@ -115,3 +117,37 @@ def test_the_limit_of_a_container_of_the_first_version_is_read_too(tmp_path, mon
     assert host_memory_bytes() == 9 * 1024  # this is how it says that there is no limit
     (tmp_path / "memory/memory.limit_in_bytes").write_text("5000\n")
     assert host_memory_bytes() == 5000 - 4000 + 340
+
+
+@pytest.mark.parametrize(
+    ("place", "lines", "files", "words"),
+    [
+        ("", "0::/a.slice/b c.scope\n", ("memory.max", "memory.current"), "active_file 7\n"),
+        ("memory", "4:cpu:/x\n3:hugetlb,memory:/a.slice/b c.scope\n1:name=systemd:/y\n0::/\n",
+         ("memory.limit_in_bytes", "memory.usage_in_bytes"), "active_file 1\ntotal_active_file 7\n"),
+    ],
+)  # fmt: skip
+def test_the_least_of_all_groups_around_the_process_counts(place, lines, files, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text(lines)
+    root = tmp_path / place
+    inner = root / "a.slice" / "b c.scope"
+    inner.mkdir(parents=True)
+
+    def limit(group, most, held):
+        for file, text in (*zip(files, (most, held), strict=True), ("memory.stat", words)):
+            (group / file).write_text(f"{text}\n")
+
+    limit(root, 9000, 100)
+    assert host_memory_bytes() == 9000 - 100 + 7
+    limit(root / "a.slice", 500, 60)
+    assert host_memory_bytes() == 500 - 60 + 7
+    limit(inner, "max" if not place else 2**63 - 4096, 50)
+    assert host_memory_bytes() == 500 - 60 + 7
+    limit(inner, 80, 50)
+    assert host_memory_bytes() == 80 - 50 + 7
+    for outside in ("/../../a.slice/b c.scope", "/elsewhere"):  # as a container's own root may be told
+        (tmp_path / "own").write_text(lines.replace("/a.slice/b c.scope", outside))
+        assert host_memory_bytes() == 9000 - 100 + 7

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -54,16 +55,26 @@ def test_what_is_asked_for_is_kept_whatever_the_room():
     assert arrange(SPEC, config(train={"keep": "attention"}), TOKENS, 0) == ((ATTENTION,) * 32, False)
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("dora", [False, True])
-def test_what_is_chosen_fits_and_dora_keeps_more(dora):
-    for gib in (1, 3, 8, 15, 20, 30, 60):
-        told = config(lora={"dora": dora}, train={"offload": False})
-        keeping, _ = arrange(SPEC, told, TOKENS, gib << 30)
+def test_what_is_chosen_fits(dora, itemsize, monkeypatch):
+    told, found = config(lora={"dora": dora}), set()
+    for tokens, gib, host_gib in product(
+        (2048, 8192, 16384, 32768), (1, 3, 4.5, 6, 8, 11, 15, 20, 30, 45, 60), (0, 20, 400)
+    ):
+        monkeypatch.setattr(plan, "host_memory_bytes", lambda given=host_gib: given << 30)
+        keeping, _ = arrange(SPEC, told, tokens, int(gib * 2**30), itemsize)
+        taken = kept_bytes(SPEC, told, keeping, tokens, itemsize)
+        taken += working_bytes(SPEC, tokens, itemsize, whole=ALL in keeping)
         if any(each.level != "input" for each in keeping):  # less than that there is not
-            assert needed(keeping, dora) <= gib << 30
-    assert needed((ALL,) * 32, True) > needed((ALL,) * 32, False) and needed((Keeping("input"),) * 32, True) == needed(
-        (Keeping("input"),) * 32, False
-    )
+            assert taken <= gib * 2**30
+        found |= set(keeping)
+    assert len(found) == 5  # each way that there is
+
+
+def test_dora_keeps_more():
+    assert needed((ALL,) * 32, True) > needed((ALL,) * 32, False)
+    assert needed((Keeping("input"),) * 32, True) == needed((Keeping("input"),) * 32, False)
 
 
 def test_blocks_that_are_moved_count_while_they_go():

@@ -41,6 +41,7 @@ from lumen.spec import ModelSpec
 
 Level = Literal["all", "attention", "input"]
 
+ON_THE_WAY = 2  # moved blocks that are on the device at a time: one at work, and one that comes or goes beside it
 MOST_ROWS = 2**15  # of one lot: 1.9 GB of gate and up for Llama 3.1 8B, whose unpacking takes 1 % of the lot's time
 
 _recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
@@ -292,22 +293,18 @@ class Mover:
 
 
 def choose_keeping(
-    spec: ModelSpec, tokens: int, room_bytes: int, *, host_bytes: int, once_bytes: int = 0,
-    shipped: Mapping[Level, int] | None = None,
-) -> tuple[Keeping, ...]:  # fmt: skip
-    """One `Keeping` a block, the fastest that fits `tokens` tokens into `room_bytes` of device memory.
+    cost: Mapping[Level, int], depth: int, room_bytes: int, *, host_bytes: int, once_bytes: int = 0
+) -> tuple[Keeping, ...]:
+    """One `Keeping` for each of `depth` blocks, the fastest that fits into `room_bytes` of device memory.
 
+    cost        bytes that a block of each level keeps, on the device or in the host's memory
     host_bytes  of the host's memory, for what is moved; 0 where nothing may be
     once_bytes  what is wanted besides, once, where a block keeps all
-    shipped     bytes a token of what a moved block of each level sends to the host, if more than `bytes_per_token`:
-                DoRA keeps outputs besides
 
     The last blocks keep all: theirs is needed first and freed first. The others, measured on an H200, fastest first:
     a few compute their MLP again; all of them do, and what attention made waits in the host's memory, over a bus that
-    is idle otherwise; they keep their input alone, there or here.
+    is idle otherwise; they keep their input alone, there or here, which is chosen also where not even that fits.
     """
-    depth = len(spec.layers)
-    cost = {level: bytes_per_token(spec, level) * tokens for level in ("all", "attention", "input")}
 
     def mixed(least: Keeping, each: int, fixed: int = 0) -> tuple[Keeping, ...]:
         """As many blocks as fit keep all, the rest `least`, at `each` bytes a block and `fixed` for them together."""
@@ -320,11 +317,10 @@ def choose_keeping(
     on_device = mixed(Keeping("attention"), cost["attention"])
     if on_device.count(KEEP_ALL) >= depth // 2:
         return on_device
-    # what is moved is on the device while it goes, and while it comes
-    for level, going in (("attention", 3 * cost["attention"] // 2), ("input", 3 * cost["input"])):
+    for level in ("attention", "input"):
+        going = ON_THE_WAY * cost[level]
         moved = mixed(Keeping(level, moved=True), 0, going)
-        sent = cost[level] if shipped is None else shipped[level] * tokens
-        on_host = sent * sum(each.moved for each in moved)
+        on_host = cost[level] * sum(each.moved for each in moved)
         if on_host <= host_bytes and (level == "input" or going <= room_bytes):
             return moved
     return mixed(KEEP_INPUT, cost["input"])

@@ -13,6 +13,7 @@ from lumen.nn.recompute import (
     KEEP_ALL,
     LEAST_MOVED,
     MOST_IN_PIECE,
+    ON_THE_WAY,
     Keeping,
     Mover,
     bytes_per_token,
@@ -45,7 +46,12 @@ def cost(level):
 
 
 def on_device(keepings):
-    return sum(cost(keeping.level) for keeping in keepings if not keeping.moved)
+    moved = next((cost(keeping.level) for keeping in keepings if keeping.moved), 0)
+    return ON_THE_WAY * moved + sum(cost(keeping.level) for keeping in keepings if not keeping.moved)
+
+
+def choose(room_bytes, **options):
+    return choose_keeping({level: cost(level) for level in ("all", "attention", "input")}, 32, room_bytes, **options)
 
 
 def test_a_block_of_llama_8b_keeps_92_kilobytes_a_token():
@@ -55,43 +61,43 @@ def test_a_block_of_llama_8b_keeps_92_kilobytes_a_token():
 
 
 def test_all_is_kept_where_it_fits():
-    assert choose_keeping(SPEC, TOKENS, 32 * cost("all"), host_bytes=2**50) == (KEEP_ALL,) * 32
+    assert choose(32 * cost("all"), host_bytes=2**50) == (KEEP_ALL,) * 32
 
 
 def test_a_little_less_room_makes_few_blocks_compute_their_mlp_again():
-    chosen = choose_keeping(SPEC, TOKENS, 32 * cost("all") - 1, host_bytes=2**50)
+    chosen = choose(32 * cost("all") - 1, host_bytes=2**50)
     assert chosen == (Keeping("attention"),) + (KEEP_ALL,) * 31
 
 
 def test_much_less_room_moves_what_attention_made_to_the_host():
-    chosen = choose_keeping(SPEC, TOKENS, 2 * cost("attention"), host_bytes=2**50)
+    chosen = choose(2 * cost("attention"), host_bytes=2**50)
     assert set(chosen) == {Keeping("attention", moved=True)}
 
 
 def test_hardly_any_room_keeps_inputs_alone():
-    assert set(choose_keeping(SPEC, TOKENS, 0, host_bytes=2**50)) == {Keeping("input", moved=True)}
-    assert set(choose_keeping(SPEC, TOKENS, 0, host_bytes=0)) == {Keeping("input")}
+    assert set(choose(0, host_bytes=2**50)) == {Keeping("input", moved=True)}
+    assert set(choose(0, host_bytes=0)) == {Keeping("input")}
 
 
 def test_what_the_hosts_memory_cannot_hold_is_not_moved():
     room = 2 * cost("attention")
     for level, instead in (("attention", Keeping("input", moved=True)), ("input", Keeping("input"))):
-        moved = choose_keeping(SPEC, TOKENS, room, host_bytes=32 * cost(level))
-        less = choose_keeping(SPEC, TOKENS, room, host_bytes=sum(each.moved for each in moved) * cost(level) - 1)
+        moved = choose(room, host_bytes=32 * cost(level))
+        less = choose(room, host_bytes=sum(each.moved for each in moved) * cost(level) - 1)
         assert Keeping(level, moved=True) in moved and Keeping(level, moved=True) not in less and instead in less
 
 
 def test_what_is_wanted_once_is_left_free_where_a_block_keeps_all():
     room, once = 32 * cost("all"), cost("all")
-    assert choose_keeping(SPEC, TOKENS, room + once, host_bytes=0, once_bytes=once) == (KEEP_ALL,) * 32
-    assert on_device(choose_keeping(SPEC, TOKENS, room, host_bytes=0, once_bytes=once)) <= room - once
+    assert choose(room + once, host_bytes=0, once_bytes=once) == (KEEP_ALL,) * 32
+    assert on_device(choose(room, host_bytes=0, once_bytes=once)) <= room - once
 
 
 @pytest.mark.parametrize("host_bytes", [0, 2**50])
 @pytest.mark.parametrize("share", [0.95, 0.7, 0.5, 0.35, 0.2])
 def test_the_choice_fits_the_room(share, host_bytes):
     room = int(share * 32 * cost("all"))
-    chosen = choose_keeping(SPEC, TOKENS, room, host_bytes=host_bytes)
+    chosen = choose(room, host_bytes=host_bytes)
     assert len(chosen) == 32 and on_device(chosen) <= room
     assert list(chosen) == sorted(chosen, key=lambda keeping: keeping == KEEP_ALL)  # the last blocks keep all
 
