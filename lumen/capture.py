@@ -6,9 +6,13 @@ then. A recording serves batches of one shape, so rows are made equally wide and
 rounded up (`data/batch.stack`). A shape is recorded when it comes for the third time; shapes that come rarely, as the
 last batch of an epoch, run as they stand.
 
+A recording holds the memory of a pass. Where that is missing for a batch of another shape, all recordings are given up
+and batches run as they stand: slower, with the same result.
+
 Gradients are summed into the same tensors by both, so an optimizer that goes with this sets them to zero in place.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +25,7 @@ from lumen.memory import OF_A_PASS, memory_told
 from lumen.models.decoder import Decoder
 from lumen.objectives.base import Loss
 
+LOG = logging.getLogger("lumen")
 MOST = 6  # recordings: each may hold as much memory as one pass
 
 
@@ -57,6 +62,23 @@ class Passes:
             return self._replay(self._recordings[shape], batch)
         self._seen[shape] += 1
         batch = batch.to(self.model.device)
+        if not self._recordings:
+            return self._run_new(shape, batch)
+        before = [(p, None if p.grad is None else p.grad.clone()) for p in self.model.parameters() if p.requires_grad]
+        try:
+            return self._run_new(shape, batch)
+        except torch.OutOfMemoryError:
+            LOG.warning(
+                "Recorded steps hold the memory that a batch of another shape wants: none is recorded any more."
+            )
+        for parameter, grad in before:
+            parameter.grad = grad
+        self._recordings.clear()
+        self.capture = False
+        torch.cuda.empty_cache()
+        return self._run_new(shape, batch)
+
+    def _run_new(self, shape: tuple, batch: Batch) -> Loss:
         if self.capture and self._seen[shape] > 2 and len(self._recordings) < MOST:
             self._recordings[shape] = self._record(batch)
             return self._replay(self._recordings[shape], batch)

@@ -1,6 +1,5 @@
 """What a run measures of the machine: the memory it took, and where the time of one step went."""
 
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,8 +36,13 @@ def recorded(folder: Path, device: torch.device) -> Iterator[None]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that was held: allocated by PyTorch on a GPU, resident in the whole process on the CPU."""
+    """The most that was held: allocated by PyTorch on a GPU, resident in the whole process on the CPU; 0 on Windows,
+    where Python does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -297,7 +297,9 @@ def prepare(config: RunConfig, run: Run, checkpoint: Checkpoint | None) -> Train
     optimizer = make_optimizer(model, config)
     learned = sum(parameter.numel() for parameter in optimizer.parameters.values())
     keep(model, config, config.train.batch_size * examples.train.longest, learned)
-    captures = on_gpu and config.train.graph and not any(keeping.moved for keeping in model.keeping)
+    # experts whose products are made one by one wait for their numbers of rows
+    fixed_work = not any(layer.sparse for layer in model.spec.layers) and not any(each.moved for each in model.keeping)
+    captures = on_gpu and config.train.graph and fixed_work
     trainer = Trainer(
         run=run,
         model=model.train(),

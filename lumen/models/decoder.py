@@ -14,7 +14,7 @@ from lumen.nn.attention import Attention, Places
 from lumen.nn.cache import KVCache
 from lumen.nn.experts import ExpertLoraPairs, Experts
 from lumen.nn.layers import MLP, Embedding, Norm
-from lumen.nn.linear import Linear, LoraPair
+from lumen.nn.linear import Linear
 from lumen.nn.recompute import KEEP_ALL, Keeping, Mover, lots, recomputed, recomputed_rows
 from lumen.nn.rope import Rotation
 from lumen.nn.static_cache import StaticCache
@@ -122,7 +122,8 @@ class Decoder(nn.Module):
         if any(keeping.moved for keeping in self.keeping):
             self._mover = self._mover or Mover(x.device)
             self._mover.start()
-        random = any(pair.dropout for pair in self.modules() if isinstance(pair, LoraPair | ExpertLoraPairs))
+        # other dropout notes its seeds; to ask for the state of random numbers is not possible in a CUDA graph
+        random = any(pair.dropout for pair in self.modules() if isinstance(pair, ExpertLoraPairs))
         for block, keeping in zip(self.blocks, self.keeping, strict=True):
             with self._mover.block(x) if keeping.moved else nullcontext():
                 if keeping.level == "all":

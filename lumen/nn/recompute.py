@@ -84,7 +84,7 @@ def recomputed(part: Callable[..., Tensor], *arguments, random: bool = False) ->
     wants no more of them than their arguments, and runs each by itself afterwards. The result of such a part has the
     shape and the dtype of its first argument.
 
-    random  the part draws random numbers, as dropout does: it must draw the same again
+    random  the part draws random numbers besides the seeds of dropout: it must draw the same again
     """
     if recomputing():
         part = _first

@@ -222,7 +222,8 @@ def adamw_reference(
     averages.mean.lerp_(g, 1 - beta1)
     averages.square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     spread = averages.square.sqrt().div_(correction).add_(eps)
-    parameter.mul_(1 - decay).addcdiv_(averages.mean, spread, value=-rate)
+    wide = parameter.to(torch.promote_types(parameter.dtype, torch.float32))  # rounded once, if at all
+    parameter.copy_(wide.mul_(1 - decay).addcdiv_(averages.mean, spread, value=-rate))
 
 
 @contextmanager

@@ -405,6 +405,8 @@ def _available(q: Tensor, k: Tensor, reach: Reach | None, softcap: float) -> dic
     available = implementations(q)
     if q.is_cuda and "triton" in available:
         whole = reach is None and not softcap and q.shape[1] == k.shape[1] and q.shape[3] in (64, 128)
+        # cuDNN refuses a single key, and GPUs before Ampere
+        whole = whole and k.shape[1] > 1 and torch.cuda.get_device_capability(q.device) >= (8, 0)
         if whole and q.element_size() == 2:
             cudnn = "one causal document a row, half precision: cuDNN's kernel is exact and fastest"
             return {"cudnn": cudnn} | available

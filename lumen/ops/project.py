@@ -98,7 +98,8 @@ def _workspace(rows: int, columns: int, like: Tensor) -> Tensor:
     if key not in _workspaces or _workspaces[key].numel() < numel:
         if key in _workspaces:
             _outgrown.append(_workspaces[key])  # a captured graph may still write there
-        _workspaces[key] = like.new_empty(numel)
+        with torch.inference_mode(False):  # where it is made for an evaluation, training writes there too
+            _workspaces[key] = torch.empty(numel, dtype=like.dtype, device=like.device)
     return _workspaces[key][:numel].view(rows, columns)
 
 
@@ -108,7 +109,8 @@ _held: WeakKeyDictionary[NF4, Tensor] = WeakKeyDictionary()
 def hold_unpacked(weights: Sequence[NF4], dtype: torch.dtype) -> int:
     """Unpacks the weights of one group for good, for as long as the first of them lives; the bytes this takes."""
     outputs = [weight.shape[0] for weight in weights]
-    held = torch.empty(sum(outputs), weights[0].shape[1], dtype=dtype, device=weights[0].codes.device)
+    with torch.inference_mode(False):
+        held = torch.empty(sum(outputs), weights[0].shape[1], dtype=dtype, device=weights[0].codes.device)
     for weight, part in zip(weights, held.split(outputs), strict=True):
         dequantize_nf4(weight, dtype, out=part)
     _held[weights[0]] = held
@@ -122,7 +124,7 @@ def _stacked(plan: Plan, dense: Sequence, a: Sequence, b: Sequence, inputs: int,
     u, below = like.new_empty(outputs, plan.waist), like.new_empty(plan.waist, inputs)
     if plan.fp8 is not None:
         weight = u  # which nobody reads
-    elif held is not None:
+    elif held is not None and held.shape == (outputs, inputs) and held.dtype == like.dtype:  # else a layer alone
         weight = held
     elif len(dense) == 1 and dense[0] is not None:
         weight = dense[0].to(like.dtype)
@@ -369,7 +371,8 @@ def project(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The outputs (…, out) of layers that read the same input: x (…, in), or norm(x), or f(x) · up.
 
-    up, kind             the input is the gated activation `kind` of x and `up`, both (…, in)
+    up, kind             the input is the gated activation `kind` of x and `up`, both (…, in), whose memory the backward
+                         pass may take for their gradients: neither may be a leaf, nor read by anyone else later
     norm, eps, plus_one  the input is x normed as by `rms_norm`; x itself is returned behind the outputs, and what goes
                          on from there instead of from x has its gradient added inside the norm's kernel
     residual             (…, out), added to the output of a single layer

@@ -7,7 +7,7 @@ from bitsandbytes.functional import create_dynamic_map
 from kernels import needs_triton
 
 from lumen import ops
-from lumen.ops.adamw import Averages, Moments, _signed, _unsigned, adamw
+from lumen.ops.adamw import Averages, Moments, _signed, _unsigned, adamw, adamw_reference
 
 CPU = torch.device("cpu")
 SHAPES = [(16, 300), (40, 7), (9000,)]
@@ -85,3 +85,12 @@ def test_updates_follow_those_of_bitsandbytes():
     moved = (theirs - ours).abs()
     # both round the averages to 8 bits, not always to the same side: a twentieth of one step's length, at the most
     assert moved.mean() <= 2e-5 and moved.max() <= 1e-3
+
+
+def test_a_narrow_parameter_is_rounded_once():
+    """Decay and update are each less than half of the step below 1, 2⁻⁸, and together more."""
+    parameter, grad = torch.ones(4, dtype=torch.bfloat16), torch.ones(4, dtype=torch.bfloat16)
+    settings = {"beta1": 0.9, "beta2": 0.999, "eps": 0.0, "rate": 0.006, "correction": 1.0, "decay": 0.0015}
+    averages = Averages(mean=torch.full((4,), 0.1), square=torch.full((4,), 1.0))
+    adamw_reference(parameter, grad, averages, **settings, factor=torch.tensor(1.0))
+    assert parameter.equal(torch.full((4,), 1 - 2**-8, dtype=torch.bfloat16))  # 1 - 0.0015 - 0.006 · 0.19

@@ -1,6 +1,7 @@
 """Linear layers that share an input: the fused group against its reference, for every way to make that input."""
 
 import itertools
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +17,7 @@ from lumen.ops.dropout import draw_seeds, kept
 from lumen.ops.fp8 import fp8_weights
 from lumen.ops.nf4 import dequantize_nf4, quantize_nf4
 from lumen.ops.nf4_matvec import nf4_matvec
-from lumen.ops.project import Left, Projection, project, project_reference
+from lumen.ops.project import Left, Projection, hold_unpacked, project, project_reference
 
 pytestmark = needs_triton
 WIDTH = 64
@@ -256,3 +257,24 @@ def test_few_rows_without_a_gradient_match_the_reference(source):
         found = project(made, x, **options)
     for one, other in zip(found, project_reference(made, x, **options), strict=True):
         assert relative_error(one, other) <= 2e-6
+
+
+def test_what_is_unpacked_for_a_group_does_not_serve_one_of_its_layers_or_another_dtype():
+    made, _ = layers("nf4", False, False, (24, 40))
+    x = random(40, WIDTH, learns=False)
+    with ops.use("triton", "project"):
+        wanted = project(made[:1], x)[0]
+        hold_unpacked([layer.weight for layer in made], torch.float32)
+        assert project(made[:1], x)[0].equal(wanted)
+        assert project(made, x.bfloat16())[0].dtype == torch.bfloat16
+
+
+def test_what_is_evaluated_in_inference_mode_can_be_trained_later(monkeypatch):
+    monkeypatch.setattr(sys.modules["lumen.ops.project"], "_workspaces", {})
+    made, leaves = layers("frozen", True, False, (24, 40))
+    x = random(3, WIDTH)
+    with ops.use("triton", "project"):
+        with torch.inference_mode():
+            project(made, x)
+        sum(y.sum() for y in project(made, x)).backward()
+    assert all(leaf.grad is not None for leaf in leaves)

@@ -1,0 +1,67 @@
+"""Passes with and without recordings; what is recorded needs a GPU (`tests/test_gpu.py`), who gives way does not."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lumen.capture import Passes
+from lumen.objectives.base import Loss
+
+
+class Model(torch.nn.Module):
+    device = torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+        self.frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+
+
+def batch_of(width: int) -> SimpleNamespace:
+    batch = SimpleNamespace(tensors={"tokens": torch.zeros(1, width)}, packed=False, extent=f"1 row x {width} tokens")
+    batch.to = lambda device: batch
+    return batch
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Batches as wide as `full` exceed the memory while anything is recorded, half of their gradients summed."""
+
+    def loss(model, batch):
+        width = batch.tensors["tokens"].shape[1]
+        if width == full and made._recordings:
+            (width * model.weight).sum().backward()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return Loss(total=(width * (model.weight + model.bias)).sum(), count=torch.tensor(1.0))
+
+    full = 5
+    monkeypatch.setattr(Passes, "_record", lambda self, batch: batch)
+    monkeypatch.setattr(Passes, "_replay", lambda self, recording, batch: self._pass(batch))
+    made = Passes(Model(), loss, capture=True)
+    return made
+
+
+def test_recordings_give_way_to_a_batch_that_finds_no_memory(passes, caplog):
+    for _ in range(3):
+        passes.run(batch_of(2))
+    assert len(passes._recordings) == 1
+    with caplog.at_level(logging.WARNING, "lumen"):
+        assert passes.run(batch_of(5)).total == 5 * 6
+    assert "none is recorded any more" in caplog.text
+    assert not passes._recordings and not passes.capture
+    for _ in range(4):
+        passes.run(batch_of(5))
+    assert not passes._recordings
+    wanted = torch.full((3,), 3 * 2.0 + 5 * 5.0)
+    assert passes.model.weight.grad.equal(wanted) and passes.model.bias.grad.equal(wanted)
+    assert passes.model.frozen.grad is None
+
+
+def test_a_batch_without_memory_and_without_recordings_is_an_error(passes, monkeypatch):
+    monkeypatch.setattr(passes, "loss", lambda model, batch: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    monkeypatch.setattr("lumen.memory._told", lambda *told: " ".join(told))
+    with pytest.raises(torch.OutOfMemoryError, match="a pass over 1 row x 5 tokens"):
+        passes.run(batch_of(5))
+    assert passes.capture
