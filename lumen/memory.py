@@ -62,8 +62,11 @@ def _around(root: Path, own: str) -> list[Path]:
 
 
 def _number(file: Path, pattern: str = r"(\d+)") -> int | None:
-    """The first number in a file; None where there is none, as where a limit is "max"."""
-    said = re.search(pattern, file.read_text()) if file.exists() else None
+    """The first number in a file; None where there is none, as where a limit is "max", and where it cannot be read."""
+    try:
+        said = re.search(pattern, file.read_text())
+    except OSError:
+        return None
     return int(said[1]) if said else None
 
 

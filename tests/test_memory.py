@@ -103,6 +103,10 @@ def test_the_hosts_memory_is_what_the_system_and_the_container_still_have_to_giv
     assert host_memory_bytes() == 9500 - 9000 + 7  # files that were read need not stay
     (tmp_path / "meminfo").write_text("MemAvailable:       0 kB\n")
     assert host_memory_bytes() == 0
+    (tmp_path / "meminfo").unlink()
+    (tmp_path / "memory.max").unlink()
+    (tmp_path / "memory.max").mkdir()  # as good as a file that may not be read
+    assert host_memory_bytes() > 2**60
 
 
 def test_the_limit_of_a_container_of_the_first_version_is_read_too(tmp_path, monkeypatch):
