@@ -64,14 +64,15 @@ class Passes:
         batch = batch.to(self.model.device)
         if not self._recordings:
             return self._run_new(shape, batch)
-        before = [(p, None if p.grad is None else p.grad.clone()) for p in self.model.parameters() if p.requires_grad]
+        learned, before = [p for p in self.model.parameters() if p.requires_grad], []
         try:
+            before += [None if p.grad is None else p.grad.clone() for p in learned]
             return self._run_new(shape, batch)
         except torch.OutOfMemoryError:
             LOG.warning(
                 "Recorded steps hold the memory that a batch of another shape wants: none is recorded any more."
             )
-        for parameter, grad in before:
+        for parameter, grad in zip(learned, before, strict=False):  # none where the copies themselves found no memory
             parameter.grad = grad
         self._recordings.clear()
         self.capture = False
