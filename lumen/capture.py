@@ -36,6 +36,13 @@ class _Recording:
     loss: Loss  # static: a replay writes it
 
 
+def can_record(model: Decoder) -> bool:
+    """Whether a pass asks the device for nothing: not where experts, multiplied one by one, want their numbers of rows,
+    nor where what blocks keep is moved to the host's memory."""
+    experts = any(layer.sparse for layer in model.spec.layers)
+    return not experts and not any(keeping.moved for keeping in model.keeping)
+
+
 class Passes:
     """Runs batches and sums their gradients into the parameters; `run` is all there is to call.
 

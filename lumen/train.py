@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from lumen.adapter import save_adapter
-from lumen.capture import Passes
+from lumen.capture import Passes, can_record
 from lumen.checkpoint import save_model, stored_dtype
 from lumen.config import Lora, RunConfig, list_recipes, load_config, read_recipe, schema_json
 from lumen.data.batch import Batch
@@ -297,9 +297,7 @@ def prepare(config: RunConfig, run: Run, checkpoint: Checkpoint | None) -> Train
     optimizer = make_optimizer(model, config)
     learned = sum(parameter.numel() for parameter in optimizer.parameters.values())
     keep(model, config, config.train.batch_size * examples.train.longest, learned)
-    # experts whose products are made one by one wait for their numbers of rows
-    fixed_work = not any(layer.sparse for layer in model.spec.layers) and not any(each.moved for each in model.keeping)
-    captures = on_gpu and config.train.graph and fixed_work
+    captures = on_gpu and config.train.graph and can_record(model)
     trainer = Trainer(
         run=run,
         model=model.train(),

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lumen.capture import Passes
+from lumen.capture import Passes, can_record
+from lumen.nn.recompute import Keeping
 from lumen.objectives.base import Loss
 
 
@@ -65,3 +66,12 @@ def test_a_batch_without_memory_and_without_recordings_is_an_error(passes, monke
     with pytest.raises(torch.OutOfMemoryError, match="a pass over 1 row x 5 tokens"):
         passes.run(batch_of(5))
     assert passes.capture
+
+
+@pytest.mark.parametrize(
+    ("sparse", "moved", "wanted"), [(False, False, True), (True, False, False), (False, True, False)]
+)
+def test_experts_and_moved_blocks_are_not_recorded(sparse, moved, wanted):
+    layers = (SimpleNamespace(sparse=False), SimpleNamespace(sparse=sparse))
+    keeping = (Keeping("attention", moved=moved), Keeping())
+    assert can_record(SimpleNamespace(spec=SimpleNamespace(layers=layers), keeping=keeping)) is wanted
