@@ -180,12 +180,13 @@ def learning_rate(
     """The learning rate of update `step`, 0 ... total - 1: a rise to `lr` over the warm-up, then down to 0 at `total`.
 
     The warm-up lasts `warmup_steps`, or if that is 0 the `warmup_fraction` of `total`, rounded up. Its first update has
-    a rate of 0, as in transformers' schedules, which these equal. An unknown schedule is a ConfigError.
+    a rate of 0, as in transformers' schedules, which these equal but for this: a fraction leaves one update after the
+    warm-up, so that a run of a single update learns. An unknown schedule is a ConfigError.
     """
     if schedule not in SCHEDULES:
         known = ", ".join(SCHEDULES)
         raise ConfigError(f"train.schedule: unknown {schedule!r}.{closest(schedule, SCHEDULES)} Known are {known}.")
-    warmup = warmup_steps or math.ceil(total * warmup_fraction)
+    warmup = warmup_steps or min(math.ceil(total * warmup_fraction), total - 1)
     if step < warmup:
         return lr * step / warmup
     progress = (step - warmup) / max(1, total - warmup)

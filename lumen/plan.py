@@ -82,6 +82,13 @@ def arrange(
     return keeping, holds
 
 
+def unbounded(config: RunConfig, device: torch.device) -> str:
+    """What to tell a user who bounds a memory that is not bounded; empty where there is nothing to tell."""
+    if device.type == "cuda" or not config.train.memory_gib:
+        return ""
+    return f"train.memory_gib = {config.train.memory_gib:g} bounds the memory of a GPU; on the CPU nothing is bounded"
+
+
 def kept_bytes(spec: ModelSpec, config: RunConfig, keeping: tuple[Keeping, ...], tokens: int, itemsize: int = 2) -> int:
     """What all blocks keep on the device for `tokens` tokens; of those that are moved, what is on its way."""
     kept = sum(_kept_bytes(spec, config, each, itemsize) for each in keeping if not each.moved)
@@ -155,6 +162,7 @@ class Plan:
     total_s: float | None
     fits: bool
     advice: str
+    warning: str
 
 
 def make_plan(config: RunConfig, examples: Examples) -> Plan:
@@ -208,6 +216,7 @@ def make_plan(config: RunConfig, examples: Examples) -> Plan:
         total_s=None if step_s is None else step_s * steps,
         fits=fits,
         advice="" if fits else _advice(config, tokens),
+        warning=unbounded(config, device),
     )
 
 
@@ -403,6 +412,8 @@ def describe(plan: Plan) -> str:
         lines.append(
             f"time      {plan.step_s:.3g} s a step, {plan.total_s / 60:.3g} minutes in all, without evaluation"
         )
+    if plan.warning:
+        lines.append(f"warning   {plan.warning}")
     lines.append("fits" if plan.fits else f"does not fit: {plan.advice}")
     return "\n".join(lines)
 

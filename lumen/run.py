@@ -4,6 +4,7 @@
     metrics.jsonl        one line a step, and lines of evaluation
     samples.jsonl        one line an answer to a sample prompt
     adapter/             the result, written by `lumen.adapter`
+    .lock                held by the process that writes here
     checkpoints/step-N/  one .safetensors file per group of tensors, state.json, manifest.json
     summary.json         what came of it
 
@@ -17,6 +18,7 @@ safetensors and JSON, which hold no programs; a file that the manifest does not 
 import base64
 import hashlib
 import json
+import os
 import platform
 import random
 import re
@@ -24,11 +26,13 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 import numpy
 import torch
@@ -38,7 +42,10 @@ from lumen import schema
 from lumen.config import RunConfig, load_config, write_toml
 from lumen.errors import CheckpointError, ConfigError, LumenError
 from lumen.formats.atomic import replacing_folder, write_json, write_text
+from lumen.formats.lock import lock
 from lumen.formats.safetensors import open_file, write_file
+
+LOCK = ".lock"
 
 # Keys that a resumed run may be told anew: how far it goes (the schedule follows), what it shows, how it spends memory.
 MAY_CHANGE = {
@@ -59,7 +66,7 @@ class Checkpoint:
 
 
 class Run:
-    """One run's folder, open for writing. Made by `Run.create` or `Run.resume`."""
+    """One run's folder, open for writing by this process alone until `with` ends; from `Run.create` or `Run.resume`."""
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self.folder = folder
@@ -68,6 +75,13 @@ class Run:
         self.samples_path = folder / "samples.jsonl"
         self.adapter_path = folder / "adapter"
         self.checkpoints_path = folder / "checkpoints"
+        self._lock: IO | None = None
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
 
     @classmethod
     def create(cls, folder: Path | str, config: RunConfig) -> "Run":
@@ -82,6 +96,7 @@ class Run:
             run.checkpoints_path.mkdir(parents=True)
         except OSError as error:
             raise ConfigError(f"output.folder: {folder} cannot be made: {error.strerror}.") from None
+        run._take()
         write_text(run.folder / "config.toml", write_toml(config))
         return run
 
@@ -90,7 +105,9 @@ class Run:
         """Opens the folder of an earlier run, and removes what a killed run left half written in it.
 
         config  what the run is told now; None = as it was told before. Refused with a ConfigError where it would make a
-                different run of it: all keys but `MAY_CHANGE` must be as they were. It replaces config.toml.
+                different run of it: all keys but `MAY_CHANGE` must be as they were. `go_on` writes it.
+
+        ConfigError where another process has the folder open.
         """
         folder = Path(folder)
         if not (folder / "config.toml").is_file():
@@ -104,14 +121,32 @@ class Run:
                 f"{folder}: the run cannot be resumed with other values: {'; '.join(changes)}. "
                 f"Resume it as it was, or start a new one by output.folder=…"
             )
+        run._take()
         run.checkpoints_path.mkdir(exist_ok=True)
         for abandoned in run.checkpoints_path.glob(".step-*.tmp"):
             shutil.rmtree(abandoned)
-        write_text(folder / "config.toml", write_toml(run.config))
         return run
+
+    def _take(self) -> None:
+        """Keeps other processes out until `_release`, or until this one ends, however it does."""
+        try:
+            self._lock = (self.folder / LOCK).open("a")
+        except OSError as error:
+            raise LumenError(f"{self.folder}: cannot be written: {error.strerror}. May you write there?") from None
+        if not lock(self._lock):
+            self._release()
+            raise ConfigError(
+                f"{self.folder}: another process is training in this folder. Wait for it, stop it, or choose another "
+                "by output.folder=…"
+            )
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def discard(self) -> None:
         """Removes a folder in which no step was taken, so that the corrected command finds it free."""
+        self._release()
         shutil.rmtree(self.folder)
 
     def log(self, line: Mapping[str, object]) -> None:
@@ -127,8 +162,11 @@ class Run:
         """The lines of metrics.jsonl so far."""
         return read_lines(self.metrics_path)
 
-    def rewind(self, step: int) -> None:
-        """Drops metrics and samples of later steps, so that the files read as one run; -1 drops all."""
+    def go_on(self, step: int) -> None:
+        """Makes what the run is told now its config.toml, and drops metrics and samples of later steps than `step`, so
+        that the files read as one run; -1 drops all.
+        """
+        write_text(self.folder / "config.toml", write_toml(self.config))
         for path in (self.metrics_path, self.samples_path):
             kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in read_lines(path) if line["step"] <= step]
             write_text(path, "".join(kept))
@@ -240,12 +278,13 @@ def restore_random_state(state: dict) -> None:
 class StopSignal:
     """While this context is entered, SIGINT and SIGTERM ask the run to stop: `requested` becomes True.
 
-    The loop looks after each step, saves and leaves. A second signal ends the process at once, even inside a long
-    operation of torch, since the first one gives both signals back to the system. Signals reach only the main thread;
-    entered elsewhere, this does nothing.
+    The loop looks after each step, saves and leaves, which is said on stderr at once. A second signal ends the process,
+    even inside a long operation of torch, since the first one gives both signals back to the system. Signals reach only
+    the main thread; entered elsewhere, this does nothing.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SAID = b"\nstopping: this step ends, then everything is saved; a second signal ends the run without that\n"
 
     def __init__(self) -> None:
         self.requested = False
@@ -264,6 +303,8 @@ class StopSignal:
         self.requested = True
         for each in self.SIGNALS:
             signal.signal(each, signal.SIG_DFL)
+        with suppress(OSError):  # a handler may come amidst a print: this passes by Python's buffers
+            os.write(2, self.SAID)
 
 
 # Manifests

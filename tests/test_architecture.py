@@ -22,7 +22,7 @@ FLOORS = [  # from the ground up; a module imports from lower floors, or from it
     ["source"],
     ["report", "objectives", "export", "speed", "loading"],
     ["capture", "profile"],
-    ["probe"],
+    ["probe", "trainer"],
     ["plan"],
     ["trainable"],
     ["warming"],
@@ -98,6 +98,7 @@ def test_triton_is_named_in_ops_alone():
 def test_nothing_imports_the_training_loop():
     importers = {part(path) for path in MODULES if ("lumen", "train") in {name[:2] for name in imports(path)}}
     assert importers <= {"__init__.py", "__init__", "demo"}
+    assert {part(path) for path in MODULES if ("lumen", "trainer") in {name[:2] for name in imports(path)}} == {"train"}
 
 
 def test_only_verbs_read_arguments_or_exit():

@@ -99,6 +99,20 @@ def test_attention(dtype, width, documents, window, softcap):
     compare(lambda q, k, v: ops.attention(q, k, v, **options), leaves, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_to_a_single_key_is_its_value(dtype):
+    seen = ops.reach(1, 1, None, 0, torch.device("cuda"))
+    q, k, v = (random(3, 1, heads, 64, dtype=dtype) for heads in (8, 2, 2))
+    out = ops.attention(q, k, v, scale=0.125, reach=seen)
+    assert torch.equal(out, v.repeat_interleave(4, dim=2))
+    incoming = torch.randn_like(out)
+    of_q, of_k, of_v = torch.autograd.grad(out, (q, k, v), incoming)
+    wanted = incoming.float().view(3, 1, 2, 4, 64).sum(3)
+    assert (of_v.float() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
+    # the softmax of one value is 1, whatever it is: what is left are roundings of products of 64 values
+    assert max(of_q.abs().max(), of_k.abs().max()) <= TOLERANCE[dtype] * 64
+
+
 @pytest.mark.parametrize("source", ["plain", "norm", "gated"])
 def test_layers_that_share_an_input(source):
     packed = [quantize_nf4(random(out, 512, learns=False, scale=0.05)) for out in (256, 128)]
@@ -205,7 +219,7 @@ def test_adamw(kind):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-def small_llama() -> Decoder:
+def small_llama(dropout: float = 0.0) -> Decoder:
     config = {
         "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 512, "num_hidden_layers": 4,
         "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 1536, "vocab_size": 1000,
@@ -222,18 +236,18 @@ def small_llama() -> Decoder:
             module.quantize(values)
         else:
             setattr(module, kind, torch.nn.Parameter(values, requires_grad=False))
-    for pair in attach_lora(model, Lora(rank=8)).values():
+    for pair in attach_lora(model, Lora(rank=8, dropout=dropout)).values():
         torch.nn.init.normal_(pair.b, std=0.05)
     return model.train()
 
 
-def some_batch(seed: int = 0):
+def some_batch(seed: int = 0, pairs: int = 1):
     generator = torch.Generator().manual_seed(seed)
 
     def document(length: int) -> Encoded:
         return Encoded(ids=torch.randint(0, 1000, (length,), generator=generator).tolist(), learn=[True] * length)
 
-    return stack([[document(300), document(200)], [document(450)]], 512)
+    return stack([[document(300), document(200)], [document(450)]] * pairs, 512)
 
 
 def gradients(model: Decoder) -> dict[str, Tensor]:
@@ -303,3 +317,51 @@ def test_a_recorded_pass_equals_the_pass_itself():
     assert recorded._recordings
     for one, other in zip(results[:5], results[5:], strict=True):
         assert one[0] == other[0] and all(torch.equal(one[1][name], other[1][name]) for name in one[1])
+
+
+def recorded_passes(model: Decoder, batch) -> Passes:
+    """Passes that have recorded the shape of `batch`; all gradients are zero."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    passes = Passes(model, sft_loss, capture=True)
+    for _ in range(3):
+        passes.run(batch)
+    assert len(passes._recordings) == 1
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+    return passes
+
+
+def test_recorded_dropout_of_blocks_that_run_again_is_that_of_blocks_that_do_not():
+    model, batch = small_llama(dropout=0.2), some_batch().to("cuda")
+    torch.manual_seed(5)
+    wanted = [(sft_loss(model, batch).total.backward(), gradients(model))[1] for _ in range(2)]
+    assert any(not torch.equal(wanted[0][name], wanted[1][name]) for name in wanted[0])
+    model.keeping = (Keeping("input"),) * 4
+    passes = recorded_passes(model, batch)
+    torch.manual_seed(5)
+    for each in wanted:
+        passes.run(batch)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert torch.equal(parameter.grad, each[name]), name
+                parameter.grad.zero_()
+
+
+def test_recordings_give_way_to_another_shape_that_finds_no_memory(caplog):
+    model, other = small_llama(), some_batch(1, pairs=7)
+    sft_loss(model, other.to("cuda")).total.backward()
+    wanted = gradients(model)
+    passes = recorded_passes(model, some_batch(pairs=8))
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (64 << 20)) / total)
+        passes.run(other)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "none is recorded any more" in caplog.text and not passes._recordings
+    found = gradients(model)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -349,3 +349,10 @@ def test_the_warm_up_is_a_fraction_rounded_up_unless_its_steps_are_given():
 def test_a_misspelt_schedule_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match=r"'cosin'.*Did you mean 'cosine'"):
         learning_rate(0, 10, lr=1.0, schedule="cosin", warmup_steps=0, warmup_fraction=0.0)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3])
+def test_the_shortest_run_learns_after_its_warm_up(total):
+    told = {"lr": 1.0, "schedule": "linear", "warmup_steps": 0, "warmup_fraction": 0.03}
+    rates = [learning_rate(step, total, **told) for step in range(total)]
+    assert max(rates) == 1.0 and rates[0] == (total == 1)

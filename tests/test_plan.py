@@ -216,8 +216,14 @@ def test_the_plan_of_a_run_on_a_cpu_tells_its_steps_and_no_time(tmp_path, capsys
     split = ["model.device=cpu", "train.epochs=2", "train.batch_size=2", "train.accumulate=1", "train.steps=0"]
     assert main(["lumen-demo", *told, *split, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
+    assert plan["warning"] == ""
     assert (plan["device"], plan["steps"], plan["step_s"], plan["host_bytes"]) == ("CPU", 6, None, 0)
     assert plan["peak_bytes"] > plan["weights_bytes"] + plan["kept_bytes"] > 0
+
+
+def test_a_bound_that_binds_nothing_is_told(capsys):
+    assert main(["lumen-demo", "model.device=cpu", "train.memory_gib=1"]) == 0
+    assert "warning   train.memory_gib = 1 bounds the memory of a GPU" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("nf4", [True, False])

@@ -78,10 +78,34 @@ def test_resuming_needs_a_run(tmp_path):
 def test_resuming_may_go_further_but_not_learn_otherwise(run, tmp_path):
     empty = tmp_path / "run.toml"
     further = load_config(empty, [*TOLD, f"output.folder={run.folder}", "train.steps=500"])
-    assert load_config(Run.resume(run.folder, further).folder).train.steps == 500
+    resumed = Run.resume(run.folder, further)
+    assert load_config(run.folder).train.steps == 0  # until it is known that it can go on
+    resumed.go_on(-1)
+    assert load_config(run.folder).train.steps == 500
     otherwise = load_config(empty, [*TOLD, f"output.folder={run.folder}", "lora.rank=32"])
     with pytest.raises(ConfigError, match=r"lora.rank was 16, now 32 \(override\)"):
         Run.resume(run.folder, otherwise)
+
+
+RESUMES = """
+import sys
+from lumen.errors import ConfigError
+from lumen.run import Run
+try:
+    Run.resume(sys.argv[1])
+except ConfigError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_folder_serves_one_process_at_a_time(run):
+    def resume() -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", RESUMES, run.folder], capture_output=True, text=True, timeout=60)
+
+    with run:
+        refused = resume()
+        assert refused.returncode == 1 and "another process is training in this folder" in refused.stderr
+    assert resume().returncode == 0
 
 
 def test_a_rewound_run_reads_as_one_run(run):
@@ -90,7 +114,7 @@ def test_a_rewound_run_reads_as_one_run(run):
         run.log_samples(step, ["Hi\u2028there"], [f"answer {step}"])
     with run.metrics_path.open("a") as file:
         file.write('{"step": 4, "lo')  # the process was killed here
-    run.rewind(2)
+    run.go_on(2)
     run.log({"step": 3, "loss": 0.25})
     assert list(run.metrics()) == [
         {"step": 1, "loss": 1.0},
@@ -98,7 +122,7 @@ def test_a_rewound_run_reads_as_one_run(run):
         {"step": 3, "loss": 0.25},
     ]
     assert [line["answer"] for line in read_lines(run.samples_path)] == ["answer 1", "answer 2"]
-    run.rewind(-1)
+    run.go_on(-1)
     assert list(run.metrics()) == []
 
 
@@ -110,7 +134,7 @@ def test_a_line_of_metrics_is_on_disk_as_soon_as_it_is_logged(run):
 def test_a_damaged_line_of_metrics_is_named(run):
     run.metrics_path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
     with pytest.raises(CheckpointError, match=r"metrics.jsonl:2: wanted a line of JSON"):
-        run.rewind(2)
+        run.go_on(2)
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(run):
@@ -223,6 +247,8 @@ for step in range(1, 100_000):
 
 @pytest.mark.parametrize("after_s", [0.0, 0.003, 0.01])
 def test_a_kill_at_any_moment_leaves_a_whole_newest_checkpoint(run, after_s):
+    with run:
+        pass  # the folder is another process's now
     command = [sys.executable, "-c", SAVES_FOREVER, str(run.folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         saved = [int(process.stdout.readline()) for _ in range(3)]
@@ -279,6 +305,7 @@ with StopSignal() as stop:
 def test_a_second_signal_ends_the_process_at_once():
     ended = subprocess.run([sys.executable, "-c", STOPS], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (-signal.SIGTERM, "True\n")
+    assert "a second signal ends the run" in ended.stderr
 
 
 def test_outside_the_main_thread_signals_are_left_alone():

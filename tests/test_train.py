@@ -163,6 +163,25 @@ def test_a_run_resumed_at_any_step_is_the_uninterrupted_run_bit_for_bit(base, ch
     assert all(torch.equal(resumed[name], wanted[name]) for name in wanted)
 
 
+def test_a_run_past_its_last_step_is_not_resumed_and_stays_as_it_was(base, chats, tmp_path, capsys):
+    folder = tmp_path / "run"
+    finetune(config(base, chats, folder, "train.steps=3"))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert main([str(folder), "train.steps=2", "--resume"]) == 2
+    assert "3 steps are done already, and 2 are asked for" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_path_is_no_configuration(base, chats, tmp_path):
+    with pytest.raises(ConfigError, match="wanted a RunConfig, found 'run\\.toml'"):
+        finetune("run.toml")
+
+
+def test_a_bound_that_binds_nothing_is_told(base, chats, tmp_path, capsys):
+    finetune(config(base, chats, tmp_path / "run", "train.memory_gib=2", "train.steps=1", "model.device=cpu"))
+    assert "train.memory_gib = 2 bounds the memory of a GPU" in capsys.readouterr().err
+
+
 def test_the_config_of_a_run_repeats_it(base, chats, tmp_path):
     finetune(config(base, chats, tmp_path / "first"))
     finetune(load_config(tmp_path / "first", [f"output.folder={tmp_path / 'second'}"]))

@@ -53,7 +53,7 @@ class Batch:
         """The same batch on `device`; to a GPU without waiting for the copies."""
         if torch.device(device).type != "cuda":
             return replace(self, **{name: value.to(device) for name, value in self.tensors.items()})
-        pinned = {name: value.pin_memory() for name, value in self.tensors.items()}
+        pinned = {name: value if value.is_cuda else value.pin_memory() for name, value in self.tensors.items()}
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in pinned.items()})
 
     @property
