@@ -9,7 +9,7 @@ last batch of an epoch, run as they stand.
 A recording holds the memory of a pass. Where that is missing for a batch of another shape, all recordings are given up
 and batches run as they stand: slower, with the same result.
 
-Gradients are summed into the same tensors by both, so an optimizer that goes with this sets them to zero in place.
+A replay writes its gradients over those of the replay before; what the step had summed until then is added to them.
 """
 
 import logging
@@ -34,6 +34,7 @@ class _Recording:
     graph: torch.cuda.CUDAGraph
     batch: Batch  # static: a replay reads it
     loss: Loss  # static: a replay writes it
+    grads: list[Tensor | None]  # of the parameters that learn, static: a replay writes them
 
 
 def can_record(model: Decoder) -> bool:
@@ -52,6 +53,7 @@ class Passes:
 
     def __init__(self, model: Decoder, loss: Callable[[Decoder, Batch], Loss], *, capture: bool):
         self.model, self.loss, self.capture = model, loss, capture
+        self._learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._seen: Counter[tuple] = Counter()
         self._recordings: dict[tuple, _Recording] = {}
 
@@ -71,16 +73,16 @@ class Passes:
         batch = batch.to(self.model.device)
         if not self._recordings:
             return self._run_new(shape, batch)
-        learned, before = [p for p in self.model.parameters() if p.requires_grad], []
+        before: list[Tensor | None] = []
         try:
-            before += [None if p.grad is None else p.grad.clone() for p in learned]
+            before += [None if p.grad is None else p.grad.clone() for p in self._learned]
             return self._run_new(shape, batch)
         except torch.OutOfMemoryError:
             LOG.warning(
                 "Recorded steps hold the memory that a batch of another shape wants: none is recorded any more."
             )
-        for parameter, grad in zip(learned, before, strict=False):  # none where the copies themselves found no memory
-            parameter.grad = grad
+        if before:  # else the copies themselves found no memory
+            self._set_grads(before)
         self._recordings.clear()
         self.capture = False
         torch.cuda.empty_cache()
@@ -98,19 +100,36 @@ class Passes:
         return replace(loss, total=loss.total.detach())
 
     def _record(self, batch: Batch) -> _Recording:
-        """Records one pass without running it. The passes before have left every buffer and gradient in its place."""
+        """Records one pass without running it. The passes before have left every buffer in its place."""
         batch = replace(batch, **{name: tensor.clone() for name, tensor in batch.tensors.items()})
-        graph = torch.cuda.CUDAGraph()
+        before, graph = [parameter.grad for parameter in self._learned], torch.cuda.CUDAGraph()
+        self._set_grads([None] * len(before))  # so that autograd hands its results over and adds nothing
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            loss = self._pass(batch)
-        return _Recording(graph=graph, batch=batch, loss=loss)
+        try:
+            with torch.cuda.graph(graph):
+                loss = self._pass(batch)
+            grads = [parameter.grad for parameter in self._learned]
+        finally:
+            self._set_grads(before)
+        return _Recording(graph=graph, batch=batch, loss=loss, grads=grads)
 
-    @staticmethod
-    def _replay(recording: _Recording, batch: Batch) -> Loss:
+    def _set_grads(self, grads: list[Tensor | None]) -> None:
+        for parameter, grad in zip(self._learned, grads, strict=True):
+            parameter.grad = grad
+
+    def _replay(self, recording: _Recording, batch: Batch) -> Loss:
+        written = [(p, own) for p, own in zip(self._learned, recording.grads, strict=True) if own is not None]
+        # what the step has summed until now; what this very recording has, is copied before it is written over
+        endangered = [own for parameter, own in written if parameter.grad is own]
+        copies = iter(torch._foreach_mul(endangered, 1.0) if endangered else ())
+        before = [next(copies) if parameter.grad is own else parameter.grad for parameter, own in written]
         for name, tensor in batch.tensors.items():
             source: Tensor = tensor if tensor.is_cuda else tensor.pin_memory()
             getattr(recording.batch, name).copy_(source, non_blocking=True)
         recording.graph.replay()
+        for parameter, own in written:
+            parameter.grad = own
+        if added := [(own, grad) for (_, own), grad in zip(written, before, strict=True) if grad is not None]:
+            torch._foreach_add_(*map(list, zip(*added, strict=True)))
         # copies: the next replay writes over them
         return Loss(total=recording.loss.total.clone(), count=recording.loss.count.clone())

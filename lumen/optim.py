@@ -104,11 +104,8 @@ class AdamW:
             factor=factor,
         )
 
-    def zero_grad(self, *, keep: bool = False) -> None:
-        """Forgets the gradients and gives back their memory, or, to `keep` that, sets them to zero where they are."""
-        if keep:
-            torch._foreach_zero_([p.grad for p in self.parameters.values() if p.grad is not None])
-            return
+    def zero_grad(self) -> None:
+        """Forgets the gradients."""
         for parameter in self.parameters.values():
             parameter.grad = None
 

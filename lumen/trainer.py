@@ -110,7 +110,7 @@ class Trainer:
                 if model.device.type == "cpu":
                     self._refuse_divergence(update)
                 self.optimizer.step(lr, clip_factor(norm, config.clip) / count + self.healthy)
-                self.optimizer.zero_grad(keep=passes.capture)
+                self.optimizer.zero_grad()
             self.step += 1
             pending, done = update, pending
             if done is not None:

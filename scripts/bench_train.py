@@ -171,7 +171,7 @@ def measure(case: Case, model: Decoder, lengths: list | None, steps: int, lora: 
         loss = passes.run(batch).total
         norm = gradient_norm(parameters) / count
         optimizer.step(1e-4, clip_factor(norm, 1.0) / count)
-        optimizer.zero_grad(keep=passes.capture)
+        optimizer.zero_grad()
         return loss / count
 
     times = []

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lumen.capture import Passes, can_record
+from lumen.capture import Passes, _Recording, can_record
 from lumen.nn.recompute import Keeping
 from lumen.objectives.base import Loss
 
@@ -75,3 +75,27 @@ def test_experts_and_moved_blocks_are_not_recorded(sparse, moved, wanted):
     layers = (SimpleNamespace(sparse=False), SimpleNamespace(sparse=sparse))
     keeping = (Keeping("attention", moved=moved), Keeping())
     assert can_record(SimpleNamespace(spec=SimpleNamespace(layers=layers), keeping=keeping)) is wanted
+
+
+def test_a_replay_adds_what_was_summed_before_and_writes_over_what_it_wrote_itself(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    model = Model()
+    passes = Passes(model, None, capture=True)
+    static, grads = batch_of(2), [torch.zeros(3), None]  # the bias takes no part
+    graph = SimpleNamespace(replay=lambda: grads[0].fill_(float(static.tensors["tokens"].sum())))
+    static.tokens = static.tensors["tokens"]
+    loss = Loss(total=torch.tensor(1.0), count=torch.tensor(1.0))
+    recording = _Recording(graph=graph, batch=static, loss=loss, grads=grads)
+
+    def replay(value: float) -> float:
+        batch = batch_of(2)
+        batch.tensors["tokens"] += value
+        passes._replay(recording, batch)
+        return model.weight.grad.unique().item()
+
+    assert replay(1) == 2 and model.bias.grad is None
+    assert replay(2) == 2 + 4 and replay(3) == 2 + 4 + 6
+    model.weight.grad = None  # the next step
+    assert replay(5) == 10
+    model.weight.grad, model.bias.grad = torch.ones(3), torch.ones(3)  # of a batch that ran as it stands
+    assert replay(5) == 11 and model.bias.grad.unique() == 1

@@ -365,3 +365,18 @@ def test_recordings_give_way_to_another_shape_that_finds_no_memory(caplog):
     assert "none is recorded any more" in caplog.text and not passes._recordings
     found = gradients(model)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_recorded_passes_of_one_step_sum_their_gradients():
+    model, batches = small_llama(), [some_batch(seed) for seed in range(3)]
+    for batch in batches:
+        sft_loss(model, batch.to("cuda")).total.backward()
+    wanted = gradients(model)
+    passes = recorded_passes(model, batches[0])
+    for parameter in model.parameters():
+        parameter.grad = None
+    for batch in batches:
+        passes.run(batch)
+    found = gradients(model)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -201,7 +201,7 @@ def test_a_factor_is_as_good_as_scaled_gradients():
                 for parameter in model.parameters():
                     parameter.grad *= 0.25
             optimizer.step(1e-2, factor)
-            optimizer.zero_grad(keep=factor is None)
+            optimizer.zero_grad()
     assert torch.equal(flat(ours), flat(theirs))
 
 
