@@ -209,6 +209,7 @@ class Chat:
                 if command.startswith("/"):
                     self.command(command, rest.strip())
                 elif line:
+                    _refuse_bytes(line)
                     self.ask(line)
             except KeyboardInterrupt:  # between two answers; what was said before still stands
                 _note("(interrupted)")
@@ -254,6 +255,8 @@ class Chat:
         """Adds the conversation to the file at `path`."""
         if not path or not self.messages:
             raise ConfigError("there is nothing to save yet." if path else "/save wants the name of a file.")
+        if Path(path).is_dir():
+            raise ConfigError(f"/save wants the name of a file, found the folder {path}.")
         file, line = Path(path), json.dumps({"messages": [*self._opening(), *self.messages]}, ensure_ascii=False)
         before = file.read_bytes() if file.exists() else b""
         end = b"" if before.endswith(b"\n") or not before else b"\n"
@@ -300,6 +303,8 @@ def main(arguments: list[str] | None = None) -> int:
             _begin(speaker)
         for note in speaker.notes:
             _note(note)
+        for text in (asked.system, asked.prompt):
+            _refuse_bytes(text or "")
         chat = Chat(speaker, system=asked.system)
         if asked.prompt is not None:
             return _ask_once(chat, asked.prompt, asked.json)
@@ -314,6 +319,17 @@ def main(arguments: list[str] | None = None) -> int:
         _note("interrupted")
         return 1
     return 0
+
+
+def _refuse_bytes(text: str) -> None:
+    """ConfigError for a text that was not UTF-8: Python hands on such bytes as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as wrong:
+        beginning = text[: wrong.start]
+        raise ConfigError(
+            f"UTF-8 was wanted, found another byte after {beginning!r}. In which encoding was it written?"
+        ) from None
 
 
 def _ask_once(chat: Chat, prompt: str, as_json: bool) -> int:

@@ -325,6 +325,16 @@ def _keys() -> list[str]:
     return [f"{section.name}.{field.name}" for section in fields(RunConfig) for field in fields(section.type)]
 
 
+def _texts() -> set[str]:
+    """The dotted keys whose value is a text."""
+    return {
+        f"{section.name}.{field.name}"
+        for section in fields(RunConfig)
+        for field in fields(section.type)
+        if field.type is str
+    }
+
+
 def _read_source(source: str | Path) -> list[_Layer]:
     """The values of a file, a run's folder or a recipe, and the output folder that this source implies."""
     path = Path(source).expanduser()
@@ -348,7 +358,7 @@ def _default_output(name: str) -> _Layer:
 def _parse(text: bytes, name: str, base: Path | None) -> _Layer:
     """A TOML file as a layer; its relative paths start at `base`, None for a recipe."""
     try:
-        nested = tomllib.loads(text.decode("utf-8"))
+        nested = tomllib.loads(text.decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{name}: not valid TOML: {error}.") from None
     return _Layer(where=name, origin=name, values=_checked(nested, name, base))
@@ -362,7 +372,10 @@ def _read_override(text: str) -> _Layer:
         raise ConfigError(f"{where}: wanted key=value, as lora.rank=32.")
     if near := [known for known in _keys() if known.endswith(f".{key}")]:
         raise ConfigError(f"{where}: a key needs its section. Did you mean {near[0]!r}?")
-    nested = _nested({key: _toml_value(value, where)})
+    parsed = _toml_value(value, where)
+    if key in _texts() and isinstance(parsed, bool | int | float):
+        raise ConfigError(f"{where}: wanted text, and {value} is a number or a truth. As text: {key}='\"{value}\"'")
+    nested = _nested({key: parsed})
     return _Layer(where=where, origin="override", values=_checked(nested, where, Path()))
 
 

@@ -33,6 +33,9 @@ def _refuse_unknown(hint: object, value: object, where: str, key: str, error: ty
     """Raises for a key that no field bears and for a word that is none of a `Literal`'s; msgspec says the rest."""
     if (words := _words(hint)) and isinstance(value, str) and value not in words:
         raise error(f"{where}: {key} must be one of {', '.join(words)}; found {value!r}.{closest(value, words)}")
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        for member in value:
+            _refuse_unknown(typing.get_args(hint)[0], member, where, key, error)
     cls = _dataclass_in(hint)
     if cls is None or not isinstance(value, dict):
         return
@@ -56,11 +59,13 @@ def _dataclass_in(hint: object) -> type | None:
 
 
 def _words(hint: object) -> tuple[str, ...]:
-    """The words a hint allows when it allows nothing but words, as `Literal["lora", "full"]` does."""
+    """What to write where not every text will do, as for `Literal["lora", "full"]`, or for `int | Literal["auto"]`."""
     options = _options(hint)
-    if all(typing.get_origin(option) is typing.Literal for option in options):
-        return tuple(word for option in options for word in typing.get_args(option) if isinstance(word, str))
-    return ()
+    literals = [option for option in options if typing.get_origin(option) is typing.Literal]
+    if not literals or str in options:
+        return ()
+    words = tuple(str(word) for literal in literals for word in typing.get_args(literal))
+    return (*words, *("a number" for option in options if option in (int, float)))
 
 
 def _explain(complaint: str, data: dict) -> str:

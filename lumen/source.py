@@ -116,6 +116,11 @@ def starting_point(config: RunConfig) -> Source:
     """
     path, offline = config.model.path, config.model.offline
     folder = locate(path, offline=offline)
+    if not folder.exists():
+        raise CheckpointError(
+            f"model.path: there is no folder {folder}. A model is a folder with config.json, tokenizer and "
+            f"safetensors, owner/name of the Hub, or {', '.join(MODELS)}."
+        )
     source = Source(name=folder.resolve().name, base=folder, base_path=path)
     if (folder / "config.toml").is_file():
         source = _run(folder)
@@ -127,7 +132,12 @@ def starting_point(config: RunConfig) -> Source:
             "Merge the first into its base to train a second beside it."
         )
     if config.lora.adapter:
-        source = replace(source, adapter=locate(config.lora.adapter, offline=offline))
+        adapter = locate(config.lora.adapter, offline=offline)
+        if (adapter / "config.toml").is_file() and (adapter / "adapter").is_dir():
+            raise ConfigError(
+                f"lora.adapter: {adapter} is a run's folder. Its adapter is there: lora.adapter={adapter / 'adapter'}"
+            )
+        source = replace(source, adapter=adapter)
     if source.adapter and config.train.method == "full":
         raise ConfigError(
             f"train.method=full wants a whole model, found the adapter {source.adapter}. Merge it first: "

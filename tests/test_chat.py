@@ -192,10 +192,13 @@ def test_saved_conversations_are_lines_that_a_run_can_train_on(chatty, tmp_path,
 
 def test_a_refused_line_ends_no_conversation(chatty, tmp_path, monkeypatch, capsys):
     lines = ["/rest", "/save", "/save x", "word " * 600, "One?", f"/save {tmp_path / 'none' / 'x'}"]
+    lines += [f"/save {tmp_path}", "caf\udce9"]
     code, out, err = converse(chatty, lines, monkeypatch, capsys)
     assert (code, out) == (0, ask(chatty, [user("One?")]) + "\n")
     errors = [line for line in err.splitlines() if line.startswith("error:")]
-    assert len(errors) == 5
+    assert len(errors) == 7
+    assert "/save wants the name of a file, found the folder" in errors[5]
+    assert "UTF-8 was wanted, found another byte after 'caf'" in errors[6]
     assert "there is no /rest. Did you mean '/reset'?" in errors[0]
     assert "context is 512 tokens" in errors[3]
 

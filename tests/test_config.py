@@ -150,6 +150,11 @@ def test_a_runs_folder_is_a_source_and_stays_where_it_is_now(run_toml, tmp_path)
         ("sample.prompts=[one]", "[one] is not a TOML value"),
         ("sample.prompts=[1]", "sample.prompts[0]: wanted str, found 1."),
         ("_origins.x=1", "unknown key '_origins'"),
+        ("output.folder=2026", """wanted text, and 2026 is a number or a truth. As text: output.folder='"2026"'"""),
+        ("output.folder=nan", """As text: output.folder='"nan"'"""),
+        ("data.workers=abc", "data.workers must be one of auto, a number; found 'abc'."),
+        ("train.optimizer_bits=full", "train.optimizer_bits must be one of auto, 8, 32; found 'full'."),
+        ('lora.modules_to_save=["lm_head"]', "must be one of embed, head; found 'lm_head'. Did you mean 'head'?"),
     ],
 )
 def test_a_wrong_override_is_refused_by_its_own_words(run_toml, override, message):
@@ -185,6 +190,12 @@ def test_a_wrong_file_is_refused_by_name_and_key(run_toml, tmp_path):
     assert "run.toml: not valid TOML" in refusal(run_toml)
     assert "no config.toml" in refusal(tmp_path)
     assert "there is no such file or run folder" in refusal(tmp_path / "none.toml")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_run_file(run_toml):
+    before = load_config(run_toml)
+    run_toml.write_bytes(b"\xef\xbb\xbf" + run_toml.read_bytes())
+    assert load_config(run_toml) == before
 
 
 def test_a_fault_of_the_file_is_not_blamed_on_an_override(run_toml):

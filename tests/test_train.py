@@ -172,6 +172,12 @@ def test_a_run_past_its_last_step_is_not_resumed_and_stays_as_it_was(base, chats
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_is_no_adapter_but_holds_one(base, chats, tmp_path):
+    finetune(config(base, chats, tmp_path / "first", "train.steps=1"))
+    with pytest.raises(ConfigError, match=r"is a run's folder\. Its adapter is there: lora.adapter=.*first/adapter"):
+        finetune(config(base, chats, tmp_path / "second", f"lora.adapter={tmp_path / 'first'}"))
+
+
 def test_a_path_is_no_configuration(base, chats, tmp_path):
     with pytest.raises(ConfigError, match="wanted a RunConfig, found 'run\\.toml'"):
         finetune("run.toml")

@@ -57,19 +57,34 @@ def read_records(path: str | Path, format: str = "auto") -> list[Record]:
     path = Path(path)
     if format not in FORMATS:
         raise DataError(f"{format!r} is no format of records.{closest(format, FORMATS)} Known: {', '.join(FORMATS)}.")
-    if path.suffix not in _ROWS:
+    suffix = path.suffix.lower()
+    if suffix not in _ROWS:
         raise DataError(f"{path}: wanted a file ending in {', '.join(_ROWS)}, found {path.suffix or 'no ending'!r}.")
     try:
-        records = [_record(row, source, format) for source, row in _ROWS[path.suffix](path)]
+        records = [_record(row, source, format) for source, row in _ROWS[suffix](path)]
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file. Paths in a run file are relative to that file.") from None
     except OSError as wrong:
         raise DataError(f"{path}: cannot be read: {wrong.strerror}.") from None
-    except UnicodeDecodeError as wrong:
-        raise DataError(f"{path}: wanted UTF-8 text, found byte {wrong.object[wrong.start]:#04x}.") from None
+    except UnicodeDecodeError:
+        raise _not_utf8(path) from None
     if not records:
         raise DataError(f"{path}: wanted at least one record, found an empty file.")
     return records
+
+
+def _not_utf8(path: Path) -> DataError:
+    """What to say of a file that is not UTF-8; the decoder itself has seen a piece of it and knows no line."""
+    data = path.read_bytes()
+    try:
+        data.decode()
+    except UnicodeDecodeError as wrong:
+        line, found = data[: wrong.start].count(b"\n") + 1, data[wrong.start]
+        return DataError(
+            f"{path}:{line}: wanted UTF-8 text, found byte {found:#04x}. A file in another encoding becomes UTF-8 by "
+            "iconv, as by: iconv -f LATIN1 -t UTF-8 OLD > NEW"
+        )
+    return DataError(f"{path}: was changed while it was read.")
 
 
 # --- rows of a file, each with its place -----------------------------------------------------------------------------
@@ -121,7 +136,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{path}: {wrong}") from None
     for number, row in enumerate(rows, 1):
         # a column that exists for one row exists for all: None says that this row has no such key
-        yield f"{path.name}: record {number}", {key: value for key, value in row.items() if value is not None}
+        held = {key: value for key, value in row.items() if value is not None}
+        if not held:
+            raise DataError(f"{path.name}: record {number}: every column is null: {', '.join(row)}.")
+        yield f"{path.name}: record {number}", held
 
 
 def _text_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -142,7 +160,13 @@ _ROWS = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parque
 
 def _parsed(text: str, where: str) -> object:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # an escape of half a character beyond the first 65,536; two of them are one
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as wrong:
+        half = wrong.object[wrong.start]
+        raise DataError(f"{where}: wanted Unicode text, found {half!r}, one half of a surrogate pair alone.") from None
     except json.JSONDecodeError as wrong:
         place = f"line {wrong.lineno} " if wrong.lineno > 1 else ""
         raise DataError(f"{where}: wanted JSON, but at {place}column {wrong.colno}: {wrong.msg}.") from None

@@ -153,14 +153,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--as", dest="form", choices=EXPORTS, required=True, help="what to write")
     parser.add_argument(
         "--quant",
-        default=DEFAULT_QUANT,
         help=f"for gguf: one or more of {', '.join(FILE_TYPES)} (default {DEFAULT_QUANT})",
     )
     parser.add_argument(
         "--base",
         choices=BASES,
-        default="original",
-        help="what the adapter is added to: the original weights, or their 4-bit image as in training",
+        help="what the adapter is added to: the original weights, the default, or their 4-bit image as in training",
     )
     parser.add_argument(
         "--no-modelfile",
@@ -174,6 +172,14 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     if asked.private and not asked.push:
         parser.error("--private goes with --push OWNER/NAME")
+    for option, given, forms in (
+        ("--quant", asked.quant is not None, ("gguf",)),
+        ("--no-modelfile", not asked.modelfile, ("gguf",)),
+        ("--base", asked.base is not None, ("merged", "nf4", "gguf")),
+    ):
+        if given and asked.form not in forms:
+            parser.error(f"{option} changes nothing --as {asked.form}; it goes with --as {' or '.join(forms)}")
+    asked.quant, asked.base = asked.quant or DEFAULT_QUANT, asked.base or "original"
     try:
         if asked.push:
             check_push(asked.push)  # before the work

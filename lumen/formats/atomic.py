@@ -104,10 +104,11 @@ def _explain(error: OSError, path: Path, temporary: Path) -> None:
     """Raises what `error` means to a person who wanted `path` written; returns when it is about another file."""
     if error.errno in FULL:
         free = shutil.disk_usage(path.parent).free
+        bound = "Raise the limit on the size of a file (ulimit -f, or the file system's)"
         raise LumenError(
             f"{path}: cannot be written, {error.strerror.lower()} after {_size_bytes(temporary):,} bytes "
             f"({free:,} bytes are free in {path.parent}). What stood there before is unharmed. "
-            f"Free some space, or write to another disk."
+            f"{bound if error.errno == errno.EFBIG else 'Free some space'}, or write to another disk."
         ) from error
     if error.filename is not None and Path(error.filename).is_relative_to(temporary):
         raise LumenError(f"{path}: cannot be written: {error.strerror}. May you write in {path.parent}?") from error

@@ -190,8 +190,10 @@ def _locate(path: str) -> Path:
 def _read_template(path: str) -> str:
     try:
         return Path(path).read_text("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"data.chat_template: {path} cannot be read: there is no such file.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data.chat_template: {path} cannot be read as text: {error}.") from None
+        raise ConfigError(f"data.chat_template: {path} cannot be read as UTF-8 text: {error}.") from None
 
 
 def _refuse_unknown_ids(packed: Packed, spec: ModelSpec, folder: Path) -> None:

@@ -216,7 +216,14 @@ def test_a_row_of_another_format_than_asked_is_refused(tmp_path):
         ("data.jsonl", b"", "found an empty file"),
         ("data.jsonl", b"\n \n", "found an empty file"),
         ("data.jsonl", b'{"text": "a"}\n{"text": \n', "data.jsonl:2: wanted JSON, but at column 9"),
-        ("data.jsonl", b'{"text": "a\xff"}\n', "wanted UTF-8 text, found byte 0xff"),
+        ("data.jsonl", b'{"text": "a\xff"}\n', "data.jsonl:1: wanted UTF-8 text, found byte 0xff"),
+        ("data.jsonl", b'{"text": "a"}\n' * 20_000 + b'{"text": "caf\xe9"}\n', "data.jsonl:20001: wanted UTF-8 text"),
+        ("data.txt", b"one\ncaf\xe9\n", "data.txt:2: wanted UTF-8 text, found byte 0xe9"),
+        (
+            "data.jsonl",
+            b'{"text": "a"}\n{"text": "a \\ud83d b"}\n',
+            "data.jsonl:2: wanted Unicode text, found '\\ud83d'",
+        ),
         ("data.json", b'{"text": "a"}', "wanted a list of records, found an object"),
         ("data.json", b"[]", "found an empty file"),
         ("data.csv", b"prompt,completion\na\n", "data.csv:2: the row and the header have different numbers of cells"),
@@ -231,6 +238,21 @@ def test_a_file_that_is_damaged_or_empty_is_refused_with_the_place(tmp_path, nam
     with pytest.raises(DataError) as refused:
         read_records(tmp_path / name)
     assert words in str(refused.value)
+
+
+def test_an_ending_in_capitals_and_an_escaped_pair_are_read(tmp_path):
+    (tmp_path / "A.JSONL").write_text('{"text": "a \\ud83d\\ude00"}\n')
+    [record] = read_records(tmp_path / "A.JSONL")
+    assert record.text == "a \N{GRINNING FACE}"
+
+
+def test_a_row_of_nulls_is_told_as_such(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist([{"text": "a"}, {"text": None}]), tmp_path / "data.parquet")
+    with pytest.raises(DataError, match=r"data\.parquet: record 2: every column is null: text\."):
+        read_records(tmp_path / "data.parquet")
 
 
 def test_a_file_that_is_not_there_is_refused_by_its_path(tmp_path):

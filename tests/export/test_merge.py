@@ -167,6 +167,16 @@ def test_the_verb_merges_copies_adapters_and_refuses_what_is_wrong(base, tmp_pat
         said = capsys.readouterr().err
         assert words in said and "Traceback" not in said
         assert not (tmp_path / "a").exists()
+    for form, option in (
+        ("merged", ["--quant", "q8_0"]),
+        ("adapter", ["--base", "nf4"]),
+        ("adapter", ["--no-modelfile"]),
+        ("nf4", ["--no-modelfile"]),
+    ):
+        with pytest.raises(SystemExit) as refused:
+            main([str(tmp_path / "adapter"), str(tmp_path / "a"), "--as", form, *option])
+        assert refused.value.code == 2 and not (tmp_path / "a").exists()
+        assert f"{option[0]} changes nothing --as {form}; it goes with --as" in capsys.readouterr().err
     assert main([str(base), str(tmp_path / "merged"), "--as", "merged"]) != 0  # it is in use
     (base / "model.safetensors").unlink()
     assert main([str(base), str(tmp_path / "a"), "--as", "merged"]) == 1
