@@ -13,7 +13,7 @@ The names below are the library, in reading order:
 Each is imported when it is first asked for: `import lumen` alone is quick, and works where a dependency is missing.
 """
 
-from importlib import import_module
+from importlib import import_module as _import_module
 
 _HOMES = {  # name → the module that it comes from
     "Batch": "lumen.data.batch",
@@ -40,10 +40,10 @@ __all__ = sorted([*_HOMES, "ops"])
 
 def __getattr__(name: str) -> object:
     if name == "ops":
-        return import_module("lumen.ops")
+        return _import_module("lumen.ops")
     if name not in _HOMES:
         raise AttributeError(f"module 'lumen' has no attribute {name!r}")
-    globals()[name] = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = getattr(_import_module(_HOMES[name]), name)
     return globals()[name]
 
 

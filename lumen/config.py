@@ -193,11 +193,12 @@ def load_config(source: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """The configuration of a run, checked, with absolute paths.
 
     source     a TOML file, a run's folder (its config.toml; the run stays in that folder), or the name of a recipe
-    overrides  such as 'lora.rank=32': values are TOML, a bare word is a string; the last one wins
+    overrides  such as ['lora.rank=32']: values are TOML, a bare word is a string; the last one wins
 
     ConfigError for a source that is none of these, an unknown key, a value of the wrong type or outside its range, and
     for values that contradict each other; it names the file or the override at fault.
     """
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     layers = [*_read_source(source), *(_read_override(text) for text in overrides)]
     values = {key: value for layer in layers for key, value in layer.values.items()}
     config = schema.read(RunConfig, _nested(values), str(source))

@@ -19,6 +19,7 @@ Which rows have ended, and their text, is kept in Python, beside the step.
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -44,7 +45,7 @@ class Generation:
 
 def generate(
     model: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]] | Tensor,
     *,
     max_tokens: int,
     stop_ids: Collection[int],
@@ -60,7 +61,7 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Generation]:
-    """The continuation of each prompt, in their order.
+    """The continuation of each prompt, a list of token ids, in their order.
 
     max_tokens    the most tokens that a prompt is continued by; fewer where the model's context ends before
     stop_ids      tokens that end a row
@@ -81,6 +82,7 @@ def generate(
     sampling = {**cuts, "repetition_penalty": repetition_penalty, "seed": seed}
     check_options(**sampling, max_tokens=max_tokens, prefill_chunk=prefill_chunk)
     _check_stops(stop_strings, tokenizer, on_text)
+    prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
     room = [_room(model.spec, number, prompt) for number, prompt in enumerate(prompts, 1)]
     if not prompts:
         return []
@@ -345,6 +347,11 @@ def _check_stops(
 def _room(spec: ModelSpec, number: int, prompt: Sequence[int]) -> int:
     """How many tokens fit behind a prompt."""
     context, vocab = spec.context_length, spec.vocab
+    if isinstance(prompt, Integral) or not all(isinstance(token, Integral) for token in prompt):
+        raise ConfigError(
+            f"Prompt {number}: wanted a list of token ids, found {prompt!r:.60}. "
+            "lumen.question_ids(text, tokenizer) makes one of a text."
+        )
     if not prompt:
         raise ConfigError(f"Prompt {number} is empty: a model needs at least one token to continue, as its BOS.")
     if len(prompt) >= context:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import lumen
+
 PACKAGE = Path(__file__).resolve().parent.parent / "lumen"
 
 FLOORS = [  # from the ground up; a module imports from lower floors, or from its own folder
@@ -77,6 +79,10 @@ def test_what_must_not_know_of_each_other_does_not(who, never):
     for path in MODULES:
         if part(path) == who:
             assert not {name[1] for name in imports(path) if name[0] == "lumen" and len(name) > 1} & never, path
+
+
+def test_the_package_shows_what_is_public_alone():
+    assert "finetune" in dir(lumen) and "import_module" not in dir(lumen)
 
 
 def test_oracles_are_never_imported():

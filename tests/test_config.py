@@ -57,6 +57,10 @@ def test_an_override_is_a_toml_value_or_a_bare_word(run_toml):
     assert config.data.eval == ""
 
 
+def test_one_override_stands_for_a_list_of_one(run_toml):
+    assert load_config(run_toml, "lora.rank=4") == load_config(run_toml, ["lora.rank=4"])
+
+
 def test_an_override_sets_nothing_but_its_own_key(run_toml):
     config = load_config(run_toml, ["sample.prompts=1\nother = 2"])
     assert config.sample.prompts == ("1\nother = 2",)

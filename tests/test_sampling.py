@@ -285,6 +285,8 @@ def test_no_prompts_are_no_answers(model):
     ("prompts", "message"),
     [
         ([[1], []], "Prompt 2 is empty"),
+        (["One"], "Prompt 1: wanted a list of token ids, found 'One'"),
+        ([1, 2], "Prompt 1: wanted a list of token ids, found 1"),
         ([[1] * 64], "Prompt 1 has 64 tokens and leaves no room.*context is 64 tokens"),
         ([[1, 101]], "Prompt 1 holds token 101, but the model has the tokens 0 to 100"),
     ],
