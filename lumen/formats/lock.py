@@ -8,6 +8,8 @@ try:
 except ImportError:  # Windows
     import msvcrt
 
+    fcntl = None
+
 TAKEN = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 
 
@@ -17,11 +19,11 @@ def lock(file: IO) -> bool:
     A forked child holds nothing. True as well on a file system that knows no locks.
     """
     try:
-        if "fcntl" in globals():
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
+        if fcntl is None:
             file.seek(0)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in TAKEN
     return True
